@@ -1,0 +1,44 @@
+"""The data sets: Fashion-MNIST, and garments that are drawn here and need no download."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from data import fashion_mnist, garments
+from data.fashion_mnist import DataError
+
+__all__ = ["NAMES", "SPLITS", "DataError", "Dataset", "load"]
+
+NAMES = ("auto", "fashion-mnist", "garments")
+SPLITS = ("train", "test")
+
+
+class Dataset(NamedTuple):
+    images: np.ndarray  # uint8 (n, height, width), 0 is background
+    labels: np.ndarray  # int64 (n,)
+    classes: tuple[str, ...]  # the name of each label
+    name: str  # what pictures and checkpoints call the data set
+
+
+def load(name="auto", split="train", data_dir=None):
+    """A whole data set in memory, as a `Dataset`.
+
+    name: "fashion-mnist" (or other files in its format, see `data/fashion_mnist.py` for where they are looked for),
+        "garments" (drawn here), or "auto": Fashion-MNIST, and the garments where it can't be had.
+    split: "train" or "test".
+    data_dir: the folder with the four IDX files; garments need none.
+
+    Raises DataError, with one line to show the user, for damaged or missing files; ValueError for an unknown name.
+    """
+    if name not in NAMES or split not in SPLITS:
+        raise ValueError(f"no data set {name!r}, {split!r}: name is one of {NAMES}, split one of {SPLITS}")
+    if name == "garments" and data_dir is not None:
+        raise DataError("--data garments are drawn, not read: leave --data-dir out")
+    if name != "garments":
+        try:
+            return Dataset(*fashion_mnist.load(split, data_dir))
+        except fashion_mnist.DownloadError as error:
+            if name == "fashion-mnist":
+                raise
+            print(f"{error}: drawn garments take its place")
+    return Dataset(*garments.draw(split), fashion_mnist.CLASSES, "garments")

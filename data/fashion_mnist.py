@@ -1,0 +1,154 @@
+"""Fashion-MNIST, or any data set in its file format: find the files, or fetch them, and check every byte of them.
+
+Xiao, Rasul and Vollgraf, 2017: "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms".
+"""
+
+import gzip
+import hashlib
+import http.client
+import os
+import tempfile
+import urllib.request
+import zlib
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CACHE = Path(__file__).parent / "fashion_mnist"
+HOSTS = (
+    "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+)
+# (images, labels) of each split; and SHA-256 of each file: as it is distributed, and unpacked
+FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+SHA256 = {
+    "train-images-idx3-ubyte": (
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    ),
+    "train-labels-idx1-ubyte": (
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
+    "t10k-images-idx3-ubyte": (
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+    "t10k-labels-idx1-ubyte": (
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+}
+
+
+class DataError(Exception):
+    """The data asked for cannot be had; the message is one line that says why and what would do."""
+
+
+class DownloadError(DataError):
+    """No host could be reached, or none had the right files."""
+
+
+def load(split, data_dir=None):
+    """Images, labels, class names and the data set's name, from the first place that has the files.
+
+    The places are `data_dir`, `$FASHION_MNIST_DIR`, `data/fashion_mnist/` and the download, which fills the latter.
+    A folder that somebody named must hold the files. Files other than the official ones are welcome; their classes
+    are called "0", "1", ... and the data set after its folder.
+
+    split: "train" or "test". Raises DataError where no place has the files, or where one of them is damaged.
+    """
+    named = data_dir or os.environ.get("FASHION_MNIST_DIR")
+    if named:
+        folder = Path(named)
+    else:
+        folder = CACHE
+        for name in FILES[split]:
+            if find(folder, name) is None:
+                download(name)
+    contents = [read(folder, name, dimensions) for name, dimensions in zip(FILES[split], (3, 1), strict=True)]
+    images, labels = (array for array, _ in contents)
+    if len(images) != len(labels):
+        raise DataError(f"{folder}: {len(images)} {split} images but {len(labels)} labels; there must be one each")
+    if all(digest == SHA256[name][1] for (_, digest), name in zip(contents, FILES[split], strict=True)):
+        return images, labels.astype(np.int64), CLASSES, "Fashion-MNIST"
+    train_labels = labels if split == "train" else read(folder, FILES["train"][1], 1)[0]
+    classes = tuple(str(number) for number in range(max(train_labels.max(), labels.max()) + 1))
+    return images, labels.astype(np.int64), classes, folder.resolve().name
+
+
+def find(folder, name):
+    """The file's path, gzipped or plain; None where the folder holds neither."""
+    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+
+
+def read(folder, name, dimensions):
+    """One IDX file as a uint8 array of that many dimensions, and the SHA-256 of its unpacked bytes.
+
+    The format: two zero bytes, the type (8 is uint8), the number of dimensions, each size as a big-endian int32, data.
+    """
+    path = find(folder, name)
+    if path is None:
+        raise DataError(f"{folder}: no {name}.gz (or {name}); all four Fashion-MNIST files must lie there")
+    try:
+        content = path.read_bytes()
+        if content[:2] == b"\x1f\x8b":
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read, perhaps a broken download ({error})") from error
+    header = 4 + 4 * dimensions
+    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < header:
+        raise DataError(
+            f"{path}: not an IDX file of uint8 {'images' if dimensions == 3 else 'labels'}: "
+            f"it begins with {content[:4].hex(' ') or 'nothing'}, expected 00 00 08 {dimensions:02x}"
+        )
+    shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist())
+    expected = int(np.prod(shape, dtype=object))
+    if len(content) - header != expected or expected == 0:
+        size = " × ".join(map(str, shape))
+        raise DataError(f"{path}: its header announces {size} bytes of data, but {len(content) - header} follow")
+    # a copy, so that the array can be written to and does not keep the file's bytes alive
+    array = np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+    return array, hashlib.sha256(content).hexdigest()
+
+
+def download(name):
+    """Fetch one file into the cache from the first host that has the right one. Raises DownloadError if none has."""
+    troubles = []
+    for host in HOSTS:
+        url = f"{host}{name}.gz"
+        try:
+            digest = fetch(url, CACHE / f"{name}.gz", expected := SHA256[name][0])
+        except (OSError, http.client.HTTPException) as error:
+            troubles.append(f"{url}: {error}")
+            continue
+        if digest == expected:
+            return
+        troubles.append(f"{url}: expected SHA-256 {expected}, got {digest}: another file under the same name")
+        print(troubles[-1])
+    raise DownloadError("Fashion-MNIST could not be downloaded (" + "; ".join(troubles) + ")")
+
+
+def fetch(url, path, expected):
+    """Download to a temporary name, and rename only what has the expected SHA-256. Returns the SHA-256 that came."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    digest = hashlib.sha256()
+    try:
+        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=20) as response:
+            size = int(response.headers.get("Content-Length", 0)) or None
+            with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
+                while chunk := response.read(1 << 16):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() == expected:
+            Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""The judge: a small classifier of garments, whose features measure how good drawn garments are.
+
+It is trained once on the official training images and kept under runs/judge/. Distances between sets of images are
+taken between their pooled features (Heusel et al. 2017, with this network in the place of Inception, which was made
+for photographs).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Block(nn.Module):
+    """A residual block with batch norm; the first convolution has the stride."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        self.branch = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+            nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x):
+        return F.relu(self.shortcut(x) + self.branch(x))
+
+
+class Judge(nn.Module):
+    """Five residual blocks, 32 to 256 channels, 256 pooled features, ten classes."""
+
+    def __init__(self, n_classes=10):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1, bias=False),
+            Block(32, 32, 1),
+            Block(32, 64, 2),
+            Block(64, 128, 2),
+            Block(128, 256, 2),
+            Block(256, 256, 1),
+        )
+        self.classify = nn.Linear(256, n_classes)
+
+    def features(self, x):
+        """x: float32 (n, 1, 28, 28) in [-1, 1]. Returns (n, 256)."""
+        return self.blocks(x).mean(dim=(2, 3))
+
+    def forward(self, x):
+        return self.classify(self.features(x))
+
+
+def augment(images, generator):
+    """Shift each batch by up to two pixels, and mirror it half of the time."""
+    dy, dx, mirror = torch.randint(0, 10, (3,), generator=generator).tolist()
+    images = F.pad(images, (2, 2, 2, 2), value=-1)[..., dy % 5 : dy % 5 + 28, dx % 5 : dx % 5 + 28]
+    return images.flip(3) if mirror < 5 else images
+
+
+def train(judge, images, labels, epochs=16, batch_size=128, rate=2e-3, seed=0, report=print):
+    """images: uint8 (n, 28, 28), labels: int64 (n,), both tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = epochs * (len(images) // batch_size)
+    optimizer = torch.optim.AdamW(judge.parameters(), rate, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    judge.train().to(memory_format=torch.channels_last)
+    for epoch in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for chosen in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
+            x = augment(images[chosen, None].float() / 127.5 - 1, generator)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = F.cross_entropy(judge(x), labels[chosen], label_smoothing=0.05)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        report(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}")
+    return judge.eval()
+
+
+@torch.no_grad()
+def look(judge, images, batch_size=500):
+    """Features (n, 256) and class (n,) of float32 images (n, 1, 28, 28) in [-1, 1]."""
+    features = torch.cat([judge.features(batch) for batch in images.split(batch_size)])
+    return features, judge.classify(features).argmax(dim=1)
