@@ -68,13 +68,13 @@ if __name__ == "__main__":
 
 
 # %% 1. Why: one number is a poor way to say what time it is
-# A diffusion network is told a time step, say t = 370 of 1000. As one number, 380 is nearly the same: going there changes
-# what the first layer sees by a hundredth of what going from one end to the other does. A network that is to treat
-# the two differently needs very large weights, and it is slow to find them (Tancik et al. 2020).
+# A diffusion network is told a time step, say t = 370 of 1000. As one number, 380 is nearly the same: the way from one
+# to the other is a hundredth of that from the first time to the last. A network that is to treat the two differently
+# needs very large weights, and it is slow to find them (Tancik et al. 2020).
 #
 # Clocks have solved this. The second hand tells neighbouring moments apart, the hour hand tells morning from evening,
-# and no hand ever leaves the dial. The embedding is a clock with `dim / 2` hands, each written down as the sine
-# and the cosine of its angle. Here is all of it; section 2 takes it apart.
+# and no hand ever leaves the dial. The embedding is a clock with `dim / 2` hands, each written down as the sine and the
+# cosine of its angle. Here is all of it; section 2 takes it apart.
 def timestep_embedding(timesteps, dim, max_period=10_000):
     """Sines and cosines of each time, at `dim / 2` frequencies from 1 down to `1 / max_period`.
 
@@ -151,7 +151,7 @@ def embed_in_steps(t, dim, max_period=10_000):
 def show_steps(out):
     t = torch.arange(100.0)
     exponents, angles, matrix = embed_in_steps(t, dim=16)
-    print("exponents:        ", *(f"{exponent:7.3f}" for exponent in exponents))
+    print("exponents:        ", *(f"{exponent:z7.3f}" for exponent in exponents))
     print("angles at t = 50: ", *(f"{angle:7.3f}" for angle in angles[50]))
     print("matrix:           ", *matrix.shape)
 
@@ -159,16 +159,16 @@ def show_steps(out):
         [["exponents", "waves"], ["angles", "matrix"]], figsize=(8, 6.4), width_ratios=[2, 3]
     )
     hands = range(8)
-    axes["exponents"].stem(hands, exponents, linefmt="0.6", markerfmt="ko", basefmt="k")
-    axes["exponents"].set(title="Exponents: evenly spaced", xlabel="hand", ylabel="exponent", xticks=hands)
-    axes["angles"].bar(hands, angles[50], color="0.5")
-    axes["angles"].axhline(2 * math.pi, color="black", linestyle="--")
-    axes["angles"].text(7.5, 2 * math.pi * 1.2, "one turn", ha="right")
-    axes["angles"].set(title="Angles at t = 50", xlabel="hand", ylabel="angle (radians)", yscale="log", xticks=hands)
+    axes["exponents"].plot(hands, exponents, "ko:")
+    axes["exponents"].set(title="Evenly spaced exponents", xlabel="hand", ylabel="exponent", xticks=hands)
+    axes["angles"].semilogy(hands, angles[50], "ko:")
+    axes["angles"].axhline(2 * math.pi, color="0.5", linestyle="--")
+    axes["angles"].text(7, 2 * math.pi * 1.2, "one turn", ha="right")
+    axes["angles"].set(title="Angles at t = 50", xlabel="hand", ylabel="angle (radians)", xticks=hands)
     for column, values in enumerate(matrix.T):
         axes["waves"].plot(t, column - 0.45 * values, color="black" if column < 8 else "0.55")
     axes["waves"].set(title="Each column is a wave", xlim=(0, 99), ylim=(15.6, -0.6))
-    image = axes["matrix"].imshow(matrix.T, aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
+    image = axes["matrix"].imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
     axes["matrix"].set(title="The 100 × 16 matrix, lying on its side")
     for axis in (axes["waves"], axes["matrix"]):
         axis.set(xlabel="t", ylabel="column (0-7 sine, 8-15 cosine)", yticks=range(0, 16, 2))
@@ -184,10 +184,11 @@ if __name__ == "__main__":
 
 
 # %% 3. max_period, and columns that stand still
-# `max_period` says how slow the slowest hand is. If it's small for the range of t, every hand is fast, and none tells
-# morning from evening. If it's large, the slow hands hardly leave their place, and their columns tell nothing. So the
-# range of t and `max_period` must fit each other. The lecture leaves `max_period` at 10000, which was made for
-# t = 0, 1, ..., 999; but its notebook 28 puts in t from 0 to 1, and its notebook 26 the noise level sigma as it is.
+# `max_period` says how slow the slowest hand is. If it's small for the range of t, even that hand goes round again and
+# again: none tells morning from evening, and distant times look no farther apart than near ones. If it's large, the
+# slow hands hardly leave their place, and their columns say nothing. So `max_period` must fit the range of t. The
+# lecture leaves it at 10000, which was made for t = 0, 1, ..., 999; but its notebook 28 puts in t from 0 to 1, and its
+# notebook 26 the noise level sigma as it is.
 TIME_SCALE = 1000
 LOG_SIGMA = (-1.2, 1.2)  # mean and standard deviation of ln(sigma) in training (Karras et al. 2022, table 1)
 SIGMA_RANGE = (0.02, 80.0)  # in sampling
@@ -222,43 +223,53 @@ def count_directions(columns):
     return int((spread.cumsum(dim=0) < 0.99 * spread.sum()).sum()) + 1
 
 
+def near_to_far(max_period):
+    """How far apart times 10 to 100 apart are once embedded, on average, if times 400 to 600 apart are 1 apart."""
+    embedding = timestep_embedding(torch.arange(601.0), COLUMNS, max_period)
+    far_from_first = (embedding - embedding[0]).norm(dim=1)
+    return float(far_from_first[10:101].mean() / far_from_first[400:].mean())
+
+
 # The lecture puts a batch norm behind the embedding, which brings each column to mean 0 and standard deviation 1. That
 # rescues a column that moves little. It can't rescue one that moves less than the norm's eps lets it see (1e-5, added
 # to the variance) or than float32 can write next to a 1. Nor can it make columns differ: on a short range every slow
 # sine is the same straight line and every slow cosine the same parabola, however far they are stretched. The last
 # count below, of the directions that remain, shows it.
+#
+# Lesson 3 pays a price at the other end: its fastest hands go round more than once between two steps of a sampler, and
+# say nothing either. A network has to learn to pass over them, as the one in section 6 does.
 def show_periods(out):
-    figure, axes = plt.subplot_mosaic([["10", "1000", "10000"], ["swings"] * 3], figsize=(8, 7), height_ratios=[3, 4])
+    rows = [["10", "10", "1000", "1000", "10000", "10000"], ["sines"] * 3 + ["cosines"] * 3]
+    figure, axes = plt.subplot_mosaic(rows, figsize=(8, 7), height_ratios=[3, 4])
     for max_period in (10, 1000, 10_000):
         matrix = timestep_embedding(torch.arange(100.0), 16, max_period)
         axis = axes[str(max_period)]
-        image = axis.imshow(matrix.T, aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
-        axis.set(
-            title=f"max_period {max_period}:\n{count_still(matrix)} of 16 stand still",
-            xlabel="t",
-            yticks=range(0, 16, 5),
-        )
-    axes["10"].set(ylabel="column")
+        image = axis.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
+        axis.set(xlabel="t", ylabel="column", yticks=range(0, 16, 5))
+        axis.set_title(f"max_period {max_period}:\n{count_still(matrix)} of 16 stand still")
+        slowest_turn, ratio = 2 * math.pi * max_period, near_to_far(max_period)
+        print(f"max_period {max_period:5}: slowest turn {slowest_turn:.0f}, near to far {ratio:.2f}")
     figure.colorbar(image, ax=axis)
 
     numbers = {}
     styles = [("black", "-"), ("0.5", "-"), ("0.5", ":"), ("tab:orange", "--")]
-    print(f"of {COLUMNS} columns stand still:{'':20}without, with batch norm; directions that remain")
+    print(f"{f'columns that stand still, of {COLUMNS}':40}{'as they are':>12}{'normed':>10}{'directions':>14}")
     for (name, (low, high)), (color, linestyle) in zip(RANGES.items(), styles, strict=True):
         columns = timestep_embedding(torch.linspace(low, high, 2001), COLUMNS)
         normed = F.batch_norm(columns, None, None, training=True)
-        still, still_normed = (
-            count_still(columns),
-            count_still(normed, 2 * math.sqrt(2)),
-        )  # a sine's deviation: 1 / sqrt(2)
-        print(f"  {name:42} {still:8} {still_normed:8} {count_directions(normed):8}")
+        still = count_still(columns)
+        still_normed = count_still(normed, full_swing=2 * math.sqrt(2))  # a sine has standard deviation 1 / sqrt(2)
+        print(f"{name:40}{still:12}{still_normed:10}{count_directions(normed):14}")
         numbers[f"columns of {COLUMNS} that stand still: {name}"] = still
-        axes["swings"].semilogy(swings(columns), color=color, linestyle=linestyle, label=f"{name}: {still} stand still")
-    axes["swings"].axhspan(1e-9, 0.02, color="0.92")
-    axes["swings"].set(title=f"max_period 10000, {COLUMNS} columns: which ones stand still (grey area)")
-    axes["swings"].set(xlabel=f"column (0-{COLUMNS // 2 - 1} sine, {COLUMNS // 2}-{COLUMNS - 1} cosine)")
-    axes["swings"].set(ylabel="movement over the range", xlim=(0, COLUMNS - 1), ylim=(1e-9, 4))
-    axes["swings"].legend(loc="lower left")
+        for half, movement in zip(("sines", "cosines"), swings(columns).chunk(2), strict=True):
+            axes[half].semilogy(movement, color=color, linestyle=linestyle, label=f"{name}: {still}")
+    for half in ("sines", "cosines"):
+        axes[half].axhspan(3e-8, 0.02, color="0.92")
+        axes[half].set(title=f"{COLUMNS // 2} {half}, max_period 10000", xlabel="hand", xlim=(0, 31), ylim=(3e-8, 4))
+    axes["sines"].set(ylabel="movement over the range\n(grey: stands still)")
+    legend_title = f"how many of the {COLUMNS} stand still"
+    figure.legend(*axes["sines"].get_legend_handles_labels(), title=legend_title, loc="outside lower center", ncols=2)
+    figure.suptitle("max_period too small for the range of t: no slow columns; too large: columns stand still")
     save_picture(figure, out / "3_max_period.png")
     return numbers
 
@@ -268,8 +279,9 @@ if __name__ == "__main__":
 
 
 # %% 4. What a network can do with it
-# sin(a + b) and cos(a + b) are made of the sines and cosines of a and b. So "3 later" turns each hand by an angle of its
-# own, whatever the time is. That is one matrix for all times, which a single linear layer can learn.
+# "3 later" turns each hand by an angle of its own, whatever the time is. And turning is linear: sin(a + b) and
+# cos(a + b) are sums of sin(a) and cos(a), with weights that depend on b alone. So it's one matrix for all times, and a
+# single linear layer can learn it.
 def rotation(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t.
 
@@ -284,19 +296,19 @@ def rotation(shift, dim, max_period=10_000):
 
 
 def draw_dials(axis, times, shift):
-    """A row of clock faces for each time: some hands at that time (grey), `shift` later (black), and the turn between."""
+    """A row of clock faces for each time: a hand at that time (grey), `shift` later (black), and the turn between."""
     hands = range(0, 16, 2)
     embeddings = timestep_embedding(torch.tensor([shift, *times, *(t + shift for t in times)]), COLUMNS)
     sines, cosines = embeddings.chunk(2, dim=1)
-    degrees = torch.rad2deg(torch.atan2(sines, cosines))
+    degrees = torch.rad2deg(torch.atan2(sines, cosines)).tolist()
     for row in range(len(times)):
         before, after = 1 + row, 1 + row + len(times)
         for place, hand in enumerate(hands):
             x, y = 2.4 * place, -2.4 * row
             axis.add_patch(Circle((x, y), 1, fill=False, color="0.7"))
             # Clock hands start upwards and turn to the right, so the sine is x and the cosine y.
-            start = 90 - degrees[before, hand]
-            axis.add_patch(Wedge((x, y), 0.6, start - degrees[0, hand], start, color="tab:orange", alpha=0.8))
+            start = 90 - degrees[before][hand]
+            axis.add_patch(Wedge((x, y), 0.6, start - degrees[0][hand], start, color="tab:orange", alpha=0.8))
             for time, color in ((before, "0.6"), (after, "black")):
                 axis.plot([x, x + sines[time, hand]], [y, y + cosines[time, hand]], color=color, linewidth=2)
     axis.set(aspect="equal", xlabel="hand", xticks=[2.4 * place for place in range(len(hands))], xticklabels=hands)
@@ -305,8 +317,8 @@ def draw_dials(axis, times, shift):
     axis.tick_params(length=0)
 
 
-# A rotation changes neither lengths nor angles. So the dot product of two embeddings can't depend on when they are, only
-# on how far apart they are: it's the sum of cos(frequency * distance). Attention, in lesson 2, is made of dot products.
+# A rotation changes neither lengths nor angles. So the dot product of two embeddings can't depend on when they are, but
+# only on how far apart: it's the sum of cos(frequency * distance). Attention, in lesson 2, is made of dot products.
 def show_geometry(out):
     t, shift = torch.arange(100, dtype=torch.float64), 3
     embedding = timestep_embedding(t, COLUMNS)
@@ -316,7 +328,7 @@ def show_geometry(out):
     turn_error = (embedding[:-shift] @ rotation(shift, COLUMNS).T - embedding[shift:]).abs().max()
 
     figure, axes = plt.subplot_mosaic([["matrix", "curve"], ["dials"] * 2], figsize=(8, 6.4), height_ratios=[3, 2])
-    image = axes["matrix"].imshow(dots)
+    image = axes["matrix"].imshow(dots.numpy())
     axes["matrix"].set(title="Dot products: the same\nalong each diagonal", xlabel="time", ylabel="another time")
     figure.colorbar(image, ax=axes["matrix"])
     axes["curve"].plot(t, by_distance, color="black", linewidth=4, label="times 0 and d")
@@ -337,9 +349,9 @@ if __name__ == "__main__":
 
 
 # %% 5. A residual block that knows the time
-# The embedding is one vector for a whole image, a convolution works on pixels. So a linear layer makes of the vector two
-# numbers for each channel, the same for all its pixels: a scale and a shift. They come after the second norm, because a
-# norm would take out again what they do to all of its group alike.
+# The embedding is one vector for a whole image, while a convolution works on pixels. So a linear layer turns the vector
+# into two numbers for each channel, the same for all its pixels: a scale and a shift. They come after the second norm,
+# because a norm would take out again what they do to all of its group alike.
 class TimeBlock(nn.Module):
     """Two convolutions and a shortcut; scale and shift behind the second norm come from the embedding.
 
@@ -364,8 +376,7 @@ class TimeBlock(nn.Module):
         return x + self.conv2(F.silu(hidden))
 
 
-# One input at many times. In a fresh block the time does little; this one's weights are drawn larger, so that the eye can
-# see it.
+# One input at many times. In a fresh block time does little; this one's weights are drawn larger, so that it shows.
 def show_block(out):
     torch.manual_seed(0)
     block = TimeBlock(channels=8, dim=16)
@@ -378,14 +389,16 @@ def show_block(out):
         y = block(x.expand(len(t), -1, -1, -1), embedding)  # 161 8 16 16
     moved = (y - y[0]).flatten(1).norm(dim=1) / (y[0] - x[0]).norm()
 
-    channel, shown = 0, range(0, 161, 40)
+    channel, row, column = 0, 6, 4
+    shown = range(0, 161, 40)
     figure, axes = plt.subplot_mosaic([[str(i) for i in shown], ["curves"] * 5], figsize=(8, 5.4), height_ratios=[2, 3])
     for i in shown:
-        axes[str(i)].imshow(y[i, channel], vmin=y[:, channel].min(), vmax=y[:, channel].max())
+        axes[str(i)].imshow(y[i, channel].numpy(), vmin=float(y[:, channel].min()), vmax=float(y[:, channel].max()))
+        axes[str(i)].plot(column, row, "ks", markeredgecolor="white")
         axes[str(i)].set(title=f"output at\nt = {t[i]:.0f}", xticks=[], yticks=[])
     axes["curves"].plot(t, scale[:, channel], color="0.6", label="scale of a channel")
     axes["curves"].plot(t, shift[:, channel], color="tab:orange", linestyle="--", label="its shift")
-    axes["curves"].plot(t, y[:, channel, 8, 8], color="black", label="output at one pixel")
+    axes["curves"].plot(t, y[:, channel, row, column], color="black", label="output at the marked pixel")
     axes["curves"].set(xlabel="t", ylabel="value", xlim=(0, 40))
     figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle("One block, one input: the output moves with t")
@@ -414,9 +427,9 @@ def draw_pixels(n):
     return clean, clean + sigma * torch.randn(n), sigma
 
 
-# Noise makes each Gaussian peak a wider Gaussian. How likely it is that x came from one peak or the other is Bayes' rule;
-# what it was before, if it came from that one, is a point between x and the peak.
-def log_likelihoods(x, sigma):
+# Noise makes each Gaussian peak a wider Gaussian. How likely x is to have come from one peak or the other is Bayes'
+# rule; if it came from this one, the best guess at what it was lies between x and the peak.
+def log_densities(x, sigma):
     """The logarithm of each peak's part in the density of noisy pixels at x; x and sigma broadcast: `(..., 2)`."""
     variance = (PEAK_WIDTH**2 + sigma**2)[..., None]
     return SHARES.log() - (x[..., None] - PEAKS) ** 2 / (2 * variance) - (2 * math.pi * variance).log() / 2
@@ -424,9 +437,9 @@ def log_likelihoods(x, sigma):
 
 def ideal_denoiser(x, sigma):
     """The mean of the clean pixels that may have become x: no other estimate has so small a squared error."""
-    x, sigma = x[..., None], sigma[..., None]
-    means = (PEAK_WIDTH**2 * x + sigma**2 * PEAKS) / (PEAK_WIDTH**2 + sigma**2)  # ... 2
-    return (log_likelihoods(x[..., 0], sigma[..., 0]).softmax(dim=-1) * means).sum(dim=-1)
+    weights = log_densities(x, sigma).softmax(dim=-1)  # ... 2
+    peak, noise = PEAK_WIDTH**2, sigma[..., None] ** 2  # variances: the wider the noise, the nearer to the peak
+    return (weights * (peak * x[..., None] + noise * PEAKS) / (peak + noise)).sum(dim=-1)
 
 
 def noise_levels():
@@ -438,7 +451,7 @@ def noise_levels():
 def ideal_blind_denoiser(x, sigma=None):
     """The best estimate from x alone: the ideal ones of all levels, by how likely it is that the level made this x."""
     levels, chances = noise_levels()
-    weights = chances * log_likelihoods(x[..., None], levels).exp().sum(dim=-1)  # ... 101
+    weights = chances * log_densities(x[..., None], levels).exp().sum(dim=-1)  # ... 101
     return (weights * ideal_denoiser(x[..., None], levels)).sum(dim=-1) / weights.sum(dim=-1)
 
 
@@ -448,9 +461,9 @@ def expected_loss(denoise):
     u = torch.linspace(-9.5, 9.5, 1001, dtype=torch.float64)
     x, dx = u.sinh() / 10, u.cosh() / 10 * (u[1] - u[0])  # a fine grid at the peaks, a coarse one out to the far noise
     levels = levels[:, None]
-    probabilities = chances[:, None] * log_likelihoods(x, levels).exp().sum(dim=-1) * dx  # 101 1001
+    probabilities = chances[:, None] * log_densities(x, levels).exp().sum(dim=-1) * dx  # 101 1001
     ideal = ideal_denoiser(x, levels)
-    # The ideal's own error is what it leaves of the clean pixels' mean square; others add their distance from the ideal.
+    # No estimate avoids this: the clean pixels' mean square less the ideal's. Its distance from the ideal comes on top.
     unavoidable = (SHARES * PEAKS**2).sum() + PEAK_WIDTH**2 - (probabilities * ideal**2).sum()
     with torch.no_grad():
         return float(unavoidable + (probabilities * (denoise(x, levels) - ideal) ** 2).sum())
@@ -493,31 +506,33 @@ def train(clock_runs, steps=1000, seed=0):
 
 
 # The stopped clock's network ends near the best that any function of x alone can do. So it lacks neither size nor
-# training: it lacks the time, and makes one curve do for all levels. (An image of many pixels shows by itself how noisy
-# it is. There the time is worth less than here, where one pixel can't tell.)
+# training: it lacks the time, and makes one curve do for all levels. The other one follows the ideal wherever noisy
+# pixels are; where there are hardly any, near 0 at sigma = 0.2, nothing teaches it.
+#
+# An image of many pixels shows by itself how noisy it is, and one pixel can't. So time is worth less to a U-Net.
 def show_denoisers(out):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that share work as small as this mostly wait for each other
     running, stopped = train(clock_runs=True), train(clock_runs=False)
-    torch.set_num_threads(threads)
     losses = {
         "best possible": expected_loss(ideal_denoiser),
         "network with a clock": expected_loss(running),
         "network with a stopped clock": expected_loss(stopped),
         "best possible with a stopped clock": expected_loss(ideal_blind_denoiser),
     }
+    torch.set_num_threads(threads)
 
     figure, axes = plt.subplots(1, 3, figsize=(8, 4.2), sharey=True)
     for axis, level in zip(axes, (0.2, 0.6, 2.0), strict=True):
         x = torch.linspace(-1.2 - 2 * level, 1.2 + 2 * level, 400, dtype=torch.float64)
         sigma = torch.tensor(level, dtype=torch.float64)
-        density = log_likelihoods(x, sigma).exp().sum(dim=-1)
+        density = log_densities(x, sigma).exp().sum(dim=-1)
         axis.fill_between(x, -1.4, -1.4 + 0.8 * density / density.max(), color="0.9", label="how common x is")
         with torch.no_grad():
             axis.plot(x, ideal_denoiser(x, sigma), color="0.7", linewidth=5, label="best possible")
             axis.plot(x, running(x, sigma), color="black", label="with a clock")
             axis.plot(x, stopped(x, sigma), color="tab:orange", linestyle="--", label="with a stopped clock")
-        axis.set(title=f"sigma = {level}", xlabel="noisy pixel x", xlim=(x[0], x[-1]), ylim=(-1.4, 1.4))
+        axis.set(title=f"sigma = {level}", xlabel="noisy pixel x", xlim=(float(x[0]), float(x[-1])), ylim=(-1.4, 1.4))
     axes[0].set(ylabel="estimate of the clean pixel")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     best, with_clock, without, _ = losses.values()

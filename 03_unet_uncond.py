@@ -175,10 +175,12 @@ class UNet(nn.Module):
         if x.shape[2] % step or x.shape[3] % step:
             raise ValueError(f"height and width must be multiples of {step}, got {x.shape[2]} × {x.shape[3]}")
         told = self.embed(time, label)
-        h = self.conv_in(x)
-        for layer in self.down:
-            h = layer(h, *told) if isinstance(layer, ResBlock) else layer(h)
-        skips = [layer.take() for layer in (self.conv_in, *self.down)]
+        try:
+            h = self.conv_in(x)
+            for layer in self.down:
+                h = layer(h, *told) if isinstance(layer, ResBlock) else layer(h)
+        finally:  # also where memory ran out on the way
+            skips = [layer.take() for layer in (self.conv_in, *self.down)]
         for layer in self.middle:
             h = layer(h, *told)
         for layer in self.up:
@@ -326,7 +328,10 @@ def update_average(average, denoiser, step):
 
 
 # %% Sampling: from pure noise, in small steps, towards what the denoiser says.
-def noise_levels(steps, sigma_min=0.02, sigma_max=80.0, rho=7):
+SIGMA_MIN, SIGMA_MAX = 0.02, 80.0  # hardly visible; and nothing else to be seen
+
+
+def noise_levels(steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=7):
     """`steps + 1` values from sigma_max to sigma_min, denser towards the small ones, and then 0 (Karras et al. 2022,
     equation 5)."""
     ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps)
@@ -610,9 +615,10 @@ def crop(images, size):
     return images[:, :, top : top + size[0], left : left + size[1]]
 
 
-def get_denoiser(options, network_class):
+def get_denoiser(options, network_class, check=lambda run: None):
     """The denoiser that the options ask for, from its checkpoint or trained now, and its `Run`.
 
+    check(run) is called before the work begins, and may raise UserError too.
     Raises UserError or DataError where something is missing or doesn't fit; SystemExit where training was interrupted.
     """
     path = options.out / "checkpoint.pt"
@@ -630,6 +636,7 @@ def get_denoiser(options, network_class):
         asked = run._asdict()
     if checkpoint:
         check_same(path, checkpoint["run"], asked)
+    check(run)
 
     preset = PRESETS[run.preset]
     torch.manual_seed(run.seed)
@@ -654,7 +661,7 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
     """Train, or go on training, under a progress bar; save a checkpoint now and then, at the end, and when stopped."""
     preset = PRESETS[run.preset]
     peak = preset.peak * (run.batch_size / preset.batch_size) ** 0.5  # as the noise of a batch's gradient falls
-    optimizer = torch.optim.AdamW(denoiser.parameters(), peak, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(denoiser.parameters(), peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     done, losses = 0, torch.full((run.steps,), math.nan, device=images.device)
     if checkpoint:
         done = checkpoint["step"]
@@ -697,7 +704,7 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
 
 
 def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_size=200):
-    """Sample, and write samples.png, samples.npy and denoising.png, a film strip of four of the images.
+    """Sample, and write samples.png and samples.npy; after training also denoising.png, a film strip of four images.
 
     make_denoise(chosen): what `sample` needs for the images in that slice. starts: (seed, label, index) of each image.
     """
@@ -719,7 +726,8 @@ def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_s
     save_picture(show_grid(images, columns, title, rows), options.out / "samples.png")
     np.save(options.out / "samples.npy", images.numpy())
     print(f"wrote {options.out / 'samples.npy'}")
-    save_picture(show_denoising(film, f"{title}: from noise to garment"), options.out / "denoising.png")
+    if not options.sample_only:
+        save_picture(show_denoising(film, f"{title}: from noise to garment"), options.out / "denoising.png")
 
 
 def start(parser, main):

@@ -118,9 +118,11 @@ def find_class(text, classes):
 
 
 def main(options):
-    denoiser, run = get_denoiser(options, CondUNet)
-    only = None if options.only is None else find_class(options.only, run.classes)
-    wanted = range(len(run.classes)) if only is None else [only]
+    def find_wanted(run):
+        return range(len(run.classes)) if options.only is None else [find_class(options.only, run.classes)]
+
+    denoiser, run = get_denoiser(options, CondUNet, check=find_wanted)
+    wanted = find_wanted(run)
     starts = [(options.seed, number, index) for number in wanted for index in range(options.n)]
     label = torch.tensor([number for _, number, _ in starts], device=options.device)
     title = f"{run.title}, {options.steps} steps, guidance {options.guidance:g}"
@@ -128,10 +130,10 @@ def main(options):
     def make_denoise(chosen):
         return guide(denoiser, label[chosen], options.guidance)
 
-    if only is None:
+    if options.only is None:
         draw(make_denoise, starts, run, options, title, rows=run.classes, columns=options.n)
     else:
-        draw(make_denoise, starts, run, options, f"{run.classes[only]}: {title}", columns=8)
+        draw(make_denoise, starts, run, options, f"{run.classes[wanted[0]]}: {title}", columns=8)
 
 
 if __name__ == "__main__":

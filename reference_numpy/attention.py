@@ -1,4 +1,9 @@
-"""Pixels look at each other (Vaswani et al. 2017, section 3.2)."""
+"""Pixels look at each other (Vaswani et al. 2017, section 3.2).
+
+Parameters are a dictionary with the names of the PyTorch module, as arrays; a linear layer is `x @ weight.T + bias`.
+"""
+
+import math
 
 import numpy as np
 
@@ -10,9 +15,21 @@ def softmax(scores):
 
 
 def self_attention(q, k, v):
-    """Queries, keys and values, each (tokens, d) -> for each token the weighted average of the values, (tokens, d)."""
+    """Queries, keys and values, each (tokens, d) -> for each token a weighted average of the values, (tokens, d)."""
     scores = q @ k.T / np.sqrt(q.shape[1])  # (tokens, tokens): how well query i fits key j
     return softmax(scores) @ v
+
+
+def multi_head_attention(tokens, parameters, heads):
+    """(s, c) -> (s, c): attention for itself in each of `heads` equal parts of the channels, then a projection."""
+    p = parameters
+    q, k, v = np.split(tokens @ p["qkv.weight"].T + p["qkv.bias"], 3, axis=1)  # (s, c) each
+    d = q.shape[1] // heads
+    heard = np.empty_like(q)
+    for head in range(heads):
+        columns = slice(head * d, (head + 1) * d)
+        heard[:, columns] = self_attention(q[:, columns], k[:, columns], v[:, columns])
+    return heard @ p["proj.weight"].T + p["proj.bias"]  # (s, c)
 
 
 def group_norm(x, groups, weight, bias, eps=1e-5):
@@ -24,19 +41,73 @@ def group_norm(x, groups, weight, bias, eps=1e-5):
 
 
 def multi_head_self_attention(x, parameters, heads, groups=1):
-    """(n, c, h, w) -> (n, c, h, w). parameters: a dictionary with the names of the PyTorch module, as arrays."""
-    p = parameters
+    """(n, c, h, w) -> (n, c, h, w): every pixel is a token; what it hears is added to it."""
     n, c, h, w = x.shape
-    d = c // heads
-    normed = group_norm(x, groups, p["norm.weight"], p["norm.bias"])
+    normed = group_norm(x, groups, parameters["norm.weight"], parameters["norm.bias"])
     y = np.empty_like(x)
     for i in range(n):
         tokens = normed[i].reshape(c, h * w).T  # (h w, c)
-        q, k, v = np.split(tokens @ p["qkv.weight"].T + p["qkv.bias"], 3, axis=1)  # (h w, c) each
-        heard = np.empty_like(q)
-        for head in range(heads):
-            columns = slice(head * d, (head + 1) * d)
-            heard[:, columns] = self_attention(q[:, columns], k[:, columns], v[:, columns])
-        projected = heard @ p["proj.weight"].T + p["proj.bias"]  # (h w, c)
-        y[i] = x[i] + projected.T.reshape(c, h, w)
+        heard = multi_head_attention(tokens, parameters, heads)  # (h w, c)
+        y[i] = x[i] + heard.T.reshape(c, h, w)
     return y
+
+
+# A transformer adds to each token what it hears, and then what a small network makes of it.
+
+
+def layer_norm(tokens, weight, bias, eps=1e-5):
+    """(s, c): each token to mean 0 and variance 1, then scaled and shifted."""
+    deviation = tokens - tokens.mean(axis=1, keepdims=True)
+    return deviation / np.sqrt(tokens.var(axis=1, keepdims=True) + eps) * weight + bias
+
+
+def gelu(x):
+    """x times the probability that a standard normal number is smaller than x."""
+    return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
+
+
+def transformer_block(tokens, parameters, heads):
+    """(s, c) -> (s, c)."""
+    p = parameters
+    attention = {name.removeprefix("attention."): array for name, array in p.items() if name.startswith("attention.")}
+    normed = layer_norm(tokens, p["norm1.weight"], p["norm1.bias"])
+    tokens = tokens + multi_head_attention(normed, attention, heads)
+    normed = layer_norm(tokens, p["norm2.weight"], p["norm2.bias"])
+    hidden = gelu(normed @ p["mlp.0.weight"].T + p["mlp.0.bias"])  # (s, 4 c)
+    return tokens + hidden @ p["mlp.2.weight"].T + p["mlp.2.bias"]
+
+
+def vision_transformer(image, parameters, heads, depth, patch):
+    """One image (c, h, w) -> a score for each class, (classes,)."""
+    p = parameters
+    _, h, w = image.shape
+    patches = []
+    for row in range(0, h, patch):
+        for column in range(0, w, patch):
+            pixels = image[:, row : row + patch, column : column + patch]  # (c, patch, patch)
+            patches.append(np.moveaxis(pixels, 0, -1).flatten())  # row after row, the channels of a pixel together
+    tokens = np.stack(patches) @ p["embed.weight"].T + p["embed.bias"] + p["positions"]
+    for i in range(depth):
+        prefix = f"blocks.{i}."
+        block = {name.removeprefix(prefix): array for name, array in p.items() if name.startswith(prefix)}
+        tokens = transformer_block(tokens, block, heads)
+    mean = layer_norm(tokens, p["norm.weight"], p["norm.bias"]).mean(axis=0)
+    return p["classify.weight"] @ mean + p["classify.bias"]
+
+
+def convolution_by_attention(image, weight, bias, sharpness=100.0):
+    """A 3×3 convolution with zeros around the image, from attention weights alone (Cordonnier et al. 2020).
+
+    image: (c, h, w). weight: (out, c, 3, 3). bias: (out,). Returns (out, h, w).
+    """
+    c, h, w = image.shape
+    pixels = [(row, column) for row in range(h) for column in range(w)]
+    values = np.vstack([image.reshape(c, h * w).T, np.zeros(c)])  # (h w + 1, c): one for each pixel, and one of zeros
+    y = np.tile(bias[:, None], h * w)  # (out, h w)
+    for i in range(3):
+        for j in range(3):  # the head that hears the pixel under weight[:, :, i, j]
+            for asking, (row, column) in enumerate(pixels):
+                distances = [(row + i - 1 - r) ** 2 + (column + j - 1 - s) ** 2 for r, s in pixels]
+                weights = softmax(-sharpness * np.array([*distances, 0.5]))  # of zeros, if there's no such pixel
+                y[:, asking] += weight[:, :, i, j] @ (weights @ values)
+    return y.reshape(-1, h, w)

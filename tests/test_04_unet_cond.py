@@ -1,0 +1,142 @@
+"""Lesson 4: attention where it is asked for, labels, guidance."""
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def cond_unet(lesson4, redraw):
+    return redraw(lesson4.CondUNet(2, (8, 16), 1, 4, attention_levels=(1,), head_dim=4, n_classes=3))
+
+
+@pytest.fixture
+def inputs():
+    return torch.randn(4, 2, 8, 12), torch.randn(4) * 100, torch.tensor([0, 1, 2, 3])
+
+
+def attention_layers(lesson4, network):
+    kind = lesson4.MultiHeadSelfAttention
+    return {name: module for name, module in network.named_modules() if isinstance(module, kind)}
+
+
+def test_attention_stands_on_its_levels_and_in_the_middle(lesson4):
+    network = lesson4.CondUNet(1, (8, 16, 32), 2, 4, attention_levels=(0, 2), head_dim=8, n_classes=10)
+    layers = attention_layers(lesson4, network)
+    # down: levels of two blocks with a convolution after the first two levels; up: three blocks, then upsampling
+    assert list(layers) == [
+        *(f"down.{i}.attention" for i in (0, 1, 6, 7)),
+        "middle.0.attention",
+        *(f"up.{i}.attention" for i in (0, 1, 2, 8, 9, 10)),
+    ]
+    assert {layer.qkv.in_features // layer.heads for layer in layers.values()} == {8}
+
+
+def test_shape_and_silence_at_the_start(lesson4, inputs):
+    network = lesson4.CondUNet(2, (8, 16), 1, 4, (1,), 4, 3)
+    assert not network(*inputs).any()
+    for layer in attention_layers(lesson4, network).values():
+        x = torch.randn(1, layer.qkv.in_features, 4, 4)
+        torch.testing.assert_close(layer(x), x)
+
+
+def test_skips_are_taken_after_attention(lesson4, cond_unet, inputs):
+    block = cond_unet.down[2]
+    assert isinstance(block, lesson4.SavedAttentionResBlock)
+    seen = {}
+    block.attention.register_forward_hook(lambda module, arguments, output: seen.update(attention=output))
+    take = block.take
+    block.take = lambda: seen.setdefault("skip", take())
+    cond_unet(*inputs)
+    assert seen["skip"] is seen["attention"]
+    assert block.saved is None
+
+
+@pytest.mark.parametrize("changed", ["time", "label"])
+def test_time_and_label_change_their_own_image_only(cond_unet, inputs, changed):
+    x, time, label = inputs
+    before = cond_unet(x, time, label)
+    if changed == "time":
+        time = time + torch.tensor([0.0, 3.0, 0.0, 0.0])
+    else:
+        label = label.clone()
+        label[1] = 0
+    after = cond_unet(x, time, label)
+    assert (before[1] - after[1]).abs().max() > 1e-3
+    others = [0, 2, 3]
+    torch.testing.assert_close(before[others], after[others])
+
+
+def test_every_parameter_changes_the_output(cond_unet, inputs):
+    before = cond_unet(*inputs).detach()
+    for name, parameter in cond_unet.named_parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter += 0.5 * torch.randn_like(parameter)
+            changed = (cond_unet(*inputs) - before).abs().max()
+            parameter.copy_(kept)
+        if name.endswith("attention.qkv.bias"):
+            continue  # its key part cancels in the softmax; the other parts are covered by the weights' own tests
+        assert changed > 1e-4, name
+    torch.testing.assert_close(cond_unet(*inputs).detach(), before)
+
+
+def test_every_parameter_gets_a_gradient(cond_unet, inputs):
+    cond_unet(*inputs).square().mean().backward()
+    for name, parameter in cond_unet.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_no_label_is_the_last_row(cond_unet, inputs):
+    x, time, _ = inputs
+    torch.testing.assert_close(cond_unet(x, time), cond_unet(x, time, torch.full((4,), 3)))
+    with pytest.raises(IndexError):
+        cond_unet(x, time, torch.full((4,), 4))
+
+
+def test_labels_are_dropped_one_time_in_ten(lesson4, cond_unet):
+    label = torch.arange(30_000) % 3
+    dropped = cond_unet.training_label(label, torch.Generator().manual_seed(1))
+    no_label = dropped == 3
+    assert no_label.float().mean() == pytest.approx(0.1, abs=0.01)
+    torch.testing.assert_close(dropped[~no_label], label[~no_label])
+    again = cond_unet.training_label(label, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(dropped, again)
+
+
+def test_the_lower_lessons_train_without_labels(lesson3):
+    assert lesson3.TimeUNet(1, (8,), 1, 4).training_label(torch.arange(3), None) is None
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0, -1.0])
+def test_guidance_is_a_line_through_two_predictions(lesson3, lesson4, cond_unet, guidance):
+    denoiser = lesson3.Denoiser(cond_unet, 0.6)
+    x, sigma, label = torch.randn(3, 2, 8, 8), torch.tensor([0.1, 1.0, 9.0]), torch.tensor([2, 0, 1])
+    calls = []
+    cond_unet.register_forward_hook(lambda *_: calls.append(1))
+    guided = lesson4.guide(denoiser, label, guidance)(x, sigma)
+    assert len(calls) == 1
+    with_label, without = denoiser(x, sigma, label), denoiser(x, sigma, torch.full((3,), 3))
+    assert (with_label - without).abs().max() > 1e-2
+    torch.testing.assert_close(guided, (1 + guidance) * with_label - guidance * without, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("Ankle boot", 9), ("ankle BOOT", 9), ("9", 9), ("0", 0), ("T-shirt/top", 0)]
+)
+def test_a_class_is_found_by_name_or_number(lesson4, text, expected):
+    from data.fashion_mnist import CLASSES
+
+    assert lesson4.find_class(text, CLASSES) == expected
+
+
+@pytest.mark.parametrize("text", ["10", "-1", "boot", "", "1.5", "²"])
+def test_another_class_is_refused_with_what_is_accepted(lesson4, lesson3, text):
+    from data.fashion_mnist import CLASSES
+
+    with pytest.raises(lesson3.UserError, match=r"T-shirt/top, .*, Ankle boot, or a number from 0 to 9"):
+        lesson4.find_class(text, CLASSES)
+
+
+def test_where_classes_are_numbers_a_number_is_a_name(lesson4):
+    assert lesson4.find_class("3", ("0", "1", "2", "3")) == 3
