@@ -166,7 +166,7 @@ if __name__ == "__main__":
 
 
 # %% 3. A weighted average of all pixels
-# Each token has a question (its query q), a sign that says what it knows about (its key k), and an answer (its value v).
+# Each token has a question (its query q), a sign that says what it knows about (its key k) and an answer (its value v).
 # How well a query fits a key is a number, the score. Softmax turns the scores of one query into weights, and with these
 # the token averages the answers of all tokens.
 def attention_weights(q, k):
@@ -368,15 +368,16 @@ def join_heads(tokens):
     return tokens.transpose(1, 2).flatten(2)  # n heads s d -> n s heads d -> n s (heads d)
 
 
+# From here on rearrange does this, with the comment in the place of the code; section 10 is about it. And a fused kernel
+# does scores, softmax and average at once; section 11 is about that.
 def fused_attention(q, k, v):
-    """`F.scaled_dot_product_attention`, in float32 instead of bfloat16 on a CPU: backwards it's 4 times as fast there."""
+    """`F.scaled_dot_product_attention`, but on a CPU never in bfloat16, which takes several times as long backwards."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
     return F.scaled_dot_product_attention(q, k, v)
 
 
-# From here on rearrange does this, with the comment in the place of the code; section 10 is about it.
 class TokenSelfAttention(nn.Module):
     """Every token asks all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
@@ -407,7 +408,7 @@ class TokenSelfAttention(nn.Module):
             weights = attention_weights(q, k)  # n heads s s
             heard = weights @ v  # n heads s d
         else:
-            heard = fused_attention(q, k, v)  # the same, but never holds all weights (section 11)
+            heard = fused_attention(q, k, v)  # n heads s d: the same, but it never holds all weights
         heard = self.proj(rearrange(heard, "n heads s d -> n s (heads d)"))
         return (heard, weights) if return_weights else heard
 
@@ -599,70 +600,65 @@ if __name__ == "__main__":
 
 # %% 10. rearrange
 # view, permute and reshape move axes by number, rearrange by name. So it can be read, and can check what it is given.
-# Each entry: what it does, a shape, the pattern, the sizes that the shape leaves open, and the same by hand.
-GALLERY = [
-    ("transpose", (2, 64, 32), "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
-    (
-        "pixels to tokens",
+# Each entry: the shape of x, what rearrange does to it, and the same by hand.
+GALLERY = {
+    "transpose": (
+        (2, 64, 32),
+        lambda x: rearrange(x, "n s c -> n c s"),
+        lambda x: x.transpose(1, 2),
+    ),
+    "pixels to tokens": (
         (2, 32, 8, 8),
-        "n c h w -> n (h w) c",
-        {},
+        lambda x: rearrange(x, "n c h w -> n (h w) c"),
         lambda x: x.permute(0, 2, 3, 1).reshape(2, 64, 32),
     ),
-    (
-        "split heads",
+    "split heads": (
         (2, 64, 32),
-        "n s (heads d) -> n heads s d",
-        {"heads": 4},
+        lambda x: rearrange(x, "n s (heads d) -> n heads s d", heads=4),
         lambda x: x.view(2, 64, 4, 8).permute(0, 2, 1, 3),
     ),
-    (
-        "patches to tokens",
+    "patches to tokens": (
         (2, 1, 28, 28),
-        "n c (h p) (w q) -> n (h w) (p q c)",
-        {"p": 4, "q": 4},
+        lambda x: rearrange(x, "n c (h p) (w q) -> n (h w) (p q c)", p=4, q=4),
         lambda x: x.view(2, 1, 7, 4, 7, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 49, 16),
     ),
-    (
-        "grid of images",
+    "grid of images": (
         (6, 28, 28),
-        "(rows columns) h w -> (rows h) (columns w)",
-        {"rows": 2},
+        lambda x: rearrange(x, "(rows columns) h w -> (rows h) (columns w)", rows=2),
         lambda x: x.view(2, 3, 28, 28).permute(0, 2, 1, 3).reshape(56, 84),
     ),
-]
+}
 
 
 def show_rearrange(out):
     print("\n10. rearrange")
     torch.manual_seed(0)
-    for name, shape, pattern, sizes, by_hand in GALLERY:
+    for name, (shape, by_name, by_hand) in GALLERY.items():
         x = torch.randn(shape)
-        y = rearrange(x, pattern, **sizes)
-        print(f"   {name}: {pattern!r}, {shape} -> {tuple(y.shape)}, the same by hand: {torch.equal(y, by_hand(x))}")
+        y = by_name(x)
+        print(f"   {name}: {shape} -> {tuple(y.shape)}, the same by hand: {torch.equal(y, by_hand(x))}")
     x = torch.randn(2, 64, 32)
     attempts = {
-        "rearrange": lambda: rearrange(x, "n s (heads d) -> n heads s d", heads=5),
-        "view": lambda: x.view(2, 64, 5, 6),
+        "rearrange": lambda x: rearrange(x, "n s (heads d) -> n heads s d", heads=5),
+        "view": lambda x: x.view(2, 64, 5, 6),
     }
     for name, attempt in attempts.items():
         try:
-            attempt()
+            attempt(x)
         except (EinopsError, RuntimeError) as error:
             print(f"   32 channels, 5 heads, says {name}: {str(error).splitlines()[-1].strip()}")
 
     pictures, _, data_name = load_garments()
     pictures = pictures[torch.arange(6) % len(pictures), 0]  # n h w
-    grid = rearrange(pictures, "(rows columns) h w -> (rows h) (columns w)", rows=2)
+    _, to_grid, _ = GALLERY["grid of images"]
     patches = rearrange(pictures[0], "(h p) (w q) -> h w p q", p=7, q=7)
     apart = rearrange(F.pad(patches, (0, 1, 0, 1), value=1), "h w p q -> (h p) (w q)")[:-1, :-1]
     tokens = rearrange(pictures, "n h w -> (h w) n")
     wrong = tokens.reshape(6, 28, 28)  # the right shape, so nothing complains; but the last axis was n, and now is w
-    wrong = rearrange(wrong, "(rows columns) h w -> (rows h) (columns w)", rows=2)
     figure, axes = plt.subplots(1, 3, figsize=(8, 2.5), width_ratios=(3, 2, 3))
-    plot_image(axes[0], grid, f"grid of images ({data_name})")
+    plot_image(axes[0], to_grid(pictures), f"grid of images ({data_name})")
     plot_image(axes[1], apart, "patches")
-    plot_image(axes[2], wrong, "(h w) n reshaped to n h w")
+    plot_image(axes[2], to_grid(wrong), "(h w) n reshaped to n h w")
     figure.suptitle("rearrange knows the axes; reshape gives wrong pixels without an error")
     save_picture(figure, out / "10_rearrange.png")
 

@@ -1,0 +1,188 @@
+"""Does a transformer need a lot of data? Test accuracy against the number of labelled images, run by hand.
+
+Three learners with the same number of parameters, the same steps and the same optimiser: the vision transformer of
+lesson 2, a convolutional net, and the same transformer after it has learned, from all training images but without
+their labels, to fill in patches that are hidden (Xie et al. 2022). Each on 1 %, 4 % and 16 % of the training set.
+
+    python tests/measure_data_efficiency.py [--data NAME] [--out DIR] [--seeds S] [--steps N] [--pretraining-steps N]
+
+It takes about ten minutes on two CPU cores.
+"""
+
+import copy
+import importlib
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+lesson1 = importlib.import_module("01_time_embedding")
+lesson2 = importlib.import_module("02_attention")
+data = importlib.import_module("data")
+
+SHARES = (0.01, 0.04, 0.16)
+PATCH = 4
+BATCH = 64
+HIDDEN = 0.5  # share of the patches that pre-training hides
+
+
+class ConvolutionalNet(nn.Sequential):
+    """Six 3×3 convolutions, 28×28 pixels down to 7×7, then the mean over all pixels."""
+
+    def __init__(self, n_classes, width=27):
+        def block(channels_in, channels_out, stride=1):
+            convolution = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1)
+            return nn.Sequential(convolution, nn.GroupNorm(1, channels_out), nn.GELU())
+
+        super().__init__(
+            block(1, width),
+            block(width, 2 * width, stride=2),
+            block(2 * width, 2 * width),
+            block(2 * width, 4 * width, stride=2),
+            block(4 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4 * width, n_classes),
+        )
+
+
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def to_pixels(images):
+    """uint8 `(n, h, w)` to float32 `(n, 1, h, w)` in [-1, 1]."""
+    return images[:, None] / 127.5 - 1
+
+
+def train(parameters, loss, images, steps, generator, name):
+    """AdamW with warm-up and cosine decay on random batches. loss: a function of the numbers of the chosen images."""
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
+    for _ in tqdm(range(steps), name, leave=False):
+        chosen = torch.randint(len(images), (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        loss(chosen).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def hide_patches(x, hidden):
+    """Pixels of the hidden patches `(n, s)` become zero, a middle grey."""
+    size = x.shape[-1] // PATCH
+    mask = hidden.unflatten(1, (1, size, size)).repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)  # n 1 h w
+    return x.masked_fill(mask, 0)
+
+
+def pretrain(model, images, steps, generator, seed):
+    """Teach the transformer to fill in hidden patches: the loss is the squared error of their pixels."""
+    fill_in = nn.Linear(model.classify.in_features, PATCH**2)
+
+    def loss(chosen):
+        x = to_pixels(images[chosen])
+        patches = model.to_patches(x)  # n s (p q)
+        hidden = torch.rand(patches.shape[:2], generator=generator) < HIDDEN
+        return F.mse_loss(fill_in(model.encode(hide_patches(x, hidden)))[hidden], patches[hidden])
+
+    parameters = [*model.parameters(), *fill_in.parameters()]
+    train(parameters, loss, images, steps, generator, f"pre-training, seed {seed}")
+
+
+def learn(model, images, labels, steps, generator, name):
+    """Teach a model the classes."""
+
+    def loss(chosen):
+        return F.cross_entropy(model(to_pixels(images[chosen])), labels[chosen])
+
+    train(model.parameters(), loss, images, steps, generator, name)
+
+
+@torch.no_grad()
+def accuracy(model, images, labels):
+    predicted = torch.cat([model(to_pixels(batch)).argmax(dim=1) for batch in images.split(1000)])
+    return (predicted == labels).float().mean().item()
+
+
+def measure(train_set, test_set, seeds, steps, pretraining_steps):
+    """Test accuracies: a dictionary from each learner's name to `(shares, seeds)`, and the numbers of images."""
+    images, labels = (torch.from_numpy(array) for array in train_set[:2])
+    test_images, test_labels = (torch.from_numpy(array) for array in test_set[:2])
+    sizes = [round(share * len(images)) for share in SHARES]
+    n_classes, size = len(train_set.classes), images.shape[-1]
+    results = {}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        transformer = lesson2.VisionTransformer(size, PATCH, n_classes=n_classes)
+        convolutional = ConvolutionalNet(n_classes)
+        pretrained = copy.deepcopy(transformer)
+        pretrain(pretrained, images, pretraining_steps, generator, seed)
+        learners = {
+            "transformer": transformer,
+            "convolutional net": convolutional,
+            "pre-trained transformer": pretrained,
+        }
+        order = torch.randperm(len(images), generator=generator)
+        for place, n in enumerate(sizes):
+            for name, start in learners.items():
+                model = copy.deepcopy(start)
+                chosen = order[:n]
+                batches = torch.Generator().manual_seed(seed)  # the same for all learners
+                learn(model, images[chosen], labels[chosen], steps, batches, f"{name}, {n} images, seed {seed}")
+                results.setdefault(name, torch.zeros(len(sizes), seeds))[place, seed] = accuracy(
+                    model, test_images, test_labels
+                )
+    counts = {name: count_parameters(model) for name, model in learners.items()}
+    return results, counts, sizes
+
+
+def draw(results, sizes, data_name, path):
+    figure, ax = plt.subplots(figsize=(7, 4.5))
+    for (name, values), style in zip(results.items(), ("ko--", "k^:", "ks-"), strict=True):
+        percent = 100 * values
+        middle = percent.mean(dim=1)
+        spread = torch.stack([middle - percent.amin(dim=1), percent.amax(dim=1) - middle])
+        ax.errorbar(sizes, middle, spread, fmt=style, capsize=4, label=name)
+    ax.set(xscale="log", xlabel="labelled images", ylabel=f"test accuracy on {data_name} (%)")
+    ax.set_xticks(sizes, sizes)
+    ax.minorticks_off()
+    ax.legend()
+    gaps = 100 * (results["convolutional net"] - results["transformer"]).mean(dim=1)
+    gains = 100 * (results["pre-trained transformer"] - results["transformer"]).mean(dim=1)
+    ax.set_title(
+        f"With {sizes[0]} labels the convolutional net is {gaps[0]:+.1f} points from the transformer, with {sizes[-1]} "
+        f"{gaps[-1]:+.1f};\npre-training is worth {gains[0]:+.1f} and {gains[-1]:+.1f} points",
+        fontsize=10,
+    )
+    lesson1.save_picture(figure, path)
+
+
+def main():
+    parser = lesson1.Parser(__file__, __doc__)
+    parser.set_defaults(out=ROOT / "runs" / "measure_data_efficiency")
+    parser.add_argument("--data", choices=data.NAMES, default="auto")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=600, help="of training on labelled images (%(default)s)")
+    parser.add_argument("--pretraining-steps", type=int, default=3000, help="without labels (%(default)s)")
+    options = parser.parse_args()
+    train_set, test_set = (data.load(options.data, split) for split in data.SPLITS)
+    began = time.perf_counter()
+    results, counts, sizes = measure(train_set, test_set, options.seeds, options.steps, options.pretraining_steps)
+    print(f"{train_set.name}: test accuracy in %, mean (smallest to largest of {options.seeds} seeds)")
+    print(" " * 40 + "".join(f"{n:>10} images    " for n in sizes))
+    for name, values in results.items():
+        cells = (f"{row.mean():9.1f} ({row.min():.1f} to {row.max():.1f})" for row in 100 * values)
+        print(f"{name + f', {counts[name]:,} parameters':40}" + "".join(cells))
+    print(f"{time.perf_counter() - began:.0f} s")
+    draw(results, sizes, train_set.name, options.out / "data_efficiency.png")
+
+
+if __name__ == "__main__":
+    main()
