@@ -224,7 +224,7 @@ def show_one_pixel(out):
     pictures, classes, data_name = load_garments()
     figure, axes = plt.subplots(2, 4, figsize=(8, 4.7))
     row = 18
-    for label, (above, below) in zip((1, 7, 9, 8), axes.T, strict=True):
+    for label, (above, below) in zip((1, 4, 6, 7), axes.T, strict=True):
         label %= len(classes)  # other data may have fewer
         column = (pictures[label, 0, row] > -0.5).int().argmax().item()  # in this row, where the garment begins
         tokens = patch_tokens(pictures[label, None])
@@ -368,8 +368,8 @@ def join_heads(tokens):
     return tokens.transpose(1, 2).flatten(2)  # n heads s d -> n s heads d -> n s (heads d)
 
 
-# From here on rearrange does this, with the comment in the place of the code; section 10 is about it. And a fused kernel
-# does scores, softmax and average at once; section 11 is about that.
+# From here on rearrange does this, with the comment in the place of the code; section 10 is about it. The scores, their
+# softmax and the average are left to one fused kernel; section 11 is about that.
 def fused_attention(q, k, v):
     """`F.scaled_dot_product_attention`, but on a CPU never in bfloat16, which takes several times as long backwards."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -535,7 +535,7 @@ def show_ears(out):
     for (name, (model, errors)), style in zip(trained.items(), ("k--", "k-"), strict=True):
         error = ear_error(model, images, answers)
         print(f"   {name}: error {error:.4f} on 1000 new images")
-        axes["C"].semilogy(errors, style, label=f"{name}: {error:.2g} on new images")
+        axes["C"].semilogy(errors, style, label=f"{name}: {error:.2g}")
         _, weights = model[1](model[0](images), return_weights=True)  # n heads (h w) (h w)
         heard = weights.mean(dim=2)  # n heads (h w): the mean over all pixels that ask
         shares = (heard @ marks.mT).mean(dim=0)  # heads ears
@@ -543,7 +543,7 @@ def show_ears(out):
             print(f"      head {head + 1} gives {left:.0%} of its weight to the left ear, {right:.0%} to the right one")
             panels[name if len(shares) == 1 else f"{name}: head {head + 1}"] = heard[0, head]
     axes["C"].set(xlabel="step of training", ylabel="error (1: nothing is known)")
-    axes["C"].legend(loc=(0.22, 0.6))
+    axes["C"].legend(loc=(0.55, 0.5), title="on new images")
     places = [divmod(place, IMAGE_SIZE) for place in marks[0].argmax(dim=1).tolist()]
     for letter, (title, panel) in zip("ABDE", panels.items(), strict=True):
         panel = panel.unflatten(0, (IMAGE_SIZE, IMAGE_SIZE))

@@ -138,7 +138,7 @@ def test_has_the_right_gradient():
 
 
 def test_distances():
-    rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]])
+    rows = torch.tensor([[1.0, 1.0], [4.0, 5.0], [7.0, 9.0]])
     torch.testing.assert_close(lesson.distances(rows, origin=1), torch.tensor([0.5, 0.0, 0.5]))
 
 
@@ -148,6 +148,16 @@ def test_columns_that_stand_still(name):
     expected = reference.timestep_embedding(np.linspace(low, high, 20_001), 64)
     count = (np.ptp(expected, axis=0) < 0.02).sum()
     assert lesson.count_still(timestep_embedding(torch.linspace(low, high, 2001), 64)) == count
+
+
+@pytest.mark.parametrize("name", lesson.RANGES)
+def test_directions_hold_99_percent(name):
+    low, high = lesson.RANGES[name].double().numpy()
+    columns = reference.timestep_embedding(np.linspace(low, high, 2001), 64)
+    variances = np.sort(np.linalg.eigvalsh(np.cov(columns.T)))[::-1]
+    held = np.cumsum(variances) / variances.sum()
+    n = lesson.count_directions(torch.from_numpy(columns))
+    assert held[n - 1] >= 0.99 and (n == 1 or held[n - 2] < 0.99)
 
 
 def test_ranges():
