@@ -247,8 +247,8 @@ def show_periods(out):
         image = axis.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
         axis.set(xlabel="t", ylabel="column", yticks=range(0, 16, 5))
         axis.set_title(f"max_period {max_period}:\n{count_still(matrix)} of 16 stand still")
-        slowest_turn, ratio = 2 * math.pi * max_period, near_to_far(max_period)
-        print(f"max_period {max_period:5}: slowest turn {slowest_turn:.0f}, near to far {ratio:.2f}")
+        turn, ratio = 2 * math.pi * max_period, near_to_far(max_period)
+        print(f"max_period {max_period:5}: slowest turn {turn:5.0f}, near times {ratio:.2f} as far apart as far ones")
     figure.colorbar(image, ax=axis)
 
     numbers = {}
