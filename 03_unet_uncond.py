@@ -442,7 +442,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "small": Preset((64, 128), 1, 4, 2, (1,), 32, 128, 4e-3, 3),
+    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 5),
     "lecture": Preset((32, 64, 128, 256), 2, 8, 1, (1, 2, 3), 8, 256, 2e-3, 25),
 }
 

@@ -71,7 +71,7 @@ def train(parameters, loss, images, steps, generator, name):
 
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for _ in tqdm(range(steps), name, leave=False):
+    for _ in tqdm(range(steps), name, leave=False, disable=None):
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
         optimizer.zero_grad()
         loss(chosen).backward()
