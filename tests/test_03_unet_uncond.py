@@ -248,6 +248,12 @@ def test_noise_levels_fall_from_end_to_end(lesson3):
         assert steps == 1 or sigmas[-2] == pytest.approx(lesson3.SIGMA_MIN)
 
 
+def test_lesson_1_speaks_of_the_noise_of_this_lesson(lesson3):
+    assert lesson3.lesson1.SIGMA_RANGE == (lesson3.SIGMA_MIN, lesson3.SIGMA_MAX)
+    assert lesson3.lesson1.LOG_SIGMA == (lesson3.P_MEAN, lesson3.P_STD)
+    assert lesson3.lesson1.TIME_SCALE == lesson3.TIME_SCALE
+
+
 def test_an_unknown_sampler_is_refused(lesson3):
     with pytest.raises(ValueError, match="ddim"):
         next(lesson3.sample(lambda x, sigma: x, torch.zeros(1, 1, 2, 2), [1.0, 0.0], "euler"))
