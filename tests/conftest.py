@@ -44,7 +44,8 @@ def compare(request):
     """compare(piece, result, expected, tolerance): assert that no two numbers are further apart than the tolerance, and
     remember the largest difference for the table at the end.
 
-    result: a tensor, or NumPy's or Python's numbers; expected: tensor or array of the same shape."""
+    result: a tensor, or NumPy's or Python's numbers; expected: tensor or array of the same shape.
+    """
     table = request.config.stash.setdefault(DIFFERENCES, {})
 
     def compare(piece, result, expected, tolerance):

@@ -100,8 +100,8 @@ def test_pixels_only_move():
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-@pytest.mark.parametrize("in_channels, out_channels, groups", [(4, 4, 2), (6, 9, 3), (8, 2, 1)])
-def test_residual_blocks(lesson3, redraw, compare, in_channels, out_channels, groups, dtype, tolerance):
+@pytest.mark.parametrize("in_channels, out_channels, groups", [(4, 4, 2), (6, 12, 3), (8, 2, 1)])
+def test_residual_blocks(lesson3, lesson4, redraw, compare, in_channels, out_channels, groups, dtype, tolerance):
     x, embedding = torch.randn(3, in_channels, 5, 4, dtype=dtype), torch.randn(3, 7, dtype=dtype)
     block = redraw(lesson3.ResBlock(in_channels, out_channels, groups).to(dtype))
     expected = reference.residual_block(numbers(x)[0], None, arrays(block), groups)
@@ -114,6 +114,15 @@ def test_residual_blocks(lesson3, redraw, compare, in_channels, out_channels, gr
         changed = embedding.clone()
         changed[1, column] += 1
         assert_apart(block(x, changed), expected, tolerance)
+
+    block = redraw(
+        lesson4.AttentionResBlock(in_channels, out_channels, groups, 7, head_dim=out_channels // 2).to(dtype)
+    )
+    parameters, inputs = arrays(block), numbers(x, embedding)
+    expected = reference.unet.block(*inputs, parameters, groups, head_dim=out_channels // 2)
+    compare("residual block with attention", block(x, embedding), expected, tolerance)
+    alone = reference.residual_block(*inputs, parameters, groups)
+    assert_apart(block(x, embedding), alone, tolerance)
 
 
 def random_networks(n):
@@ -128,7 +137,7 @@ def random_networks(n):
         channels, depth, n_classes = rng.integers(1, 4, 3).tolist()
         sizes = (2 ** (levels - 1) * rng.integers(1, 5, 2)).tolist()
         arguments = (channels, widths, depth, groups, attention_levels, head_dim, n_classes)
-        yield arguments, ((1, 3, 2)[i % 3], channels, *sizes)
+        yield arguments, ((1, 3, 2)[i // 3 % 3], channels, *sizes)
 
 
 def random_inputs(shape, n_classes, time_range, dtype):
@@ -252,10 +261,10 @@ def test_noise_levels(lesson3, compare, steps):
     compare("noise levels", lesson3.noise_levels(steps), expected, 1e-10)
 
 
-@pytest.mark.parametrize("numbers", [(0, 0, 0), (3, 9, 12345)])
-def test_starting_noise(lesson3, numbers):
-    expected = reference.starting_noise(*numbers, (2, 3, 4))
-    np.testing.assert_array_equal(lesson3.starting_noise(*numbers, (2, 3, 4)), expected)
+@pytest.mark.parametrize("start", [(0, 0, 0), (3, 9, 12345)])
+def test_starting_noise(lesson3, start):
+    expected = reference.starting_noise(*start, (2, 3, 4))
+    np.testing.assert_array_equal(lesson3.starting_noise(*start, (2, 3, 4)), expected)
 
 
 @pytest.mark.parametrize("method", SAMPLERS)
