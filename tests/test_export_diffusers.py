@@ -35,7 +35,7 @@ def write_checkpoint(lesson3, lesson4, redraw, tmp_path):
 
 def make_inputs(lesson3, denoiser, n=3):
     """Activations, times, and labels, of which the first is "no label"."""
-    time = lesson3.TIME_SCALE * torch.empty(n).uniform_(-1, 1.1)  # ln(0.02) / 4 and ln(80) / 4
+    time = lesson3.TIME_SCALE * torch.empty(n).uniform_(-1, 1.1)  # more than ln(sigma) / 4 ever is
     unit = 2 ** (len(denoiser.network.widths) - 1)  # the lowest level has 2 × 3 pixels
     return torch.randn(n, denoiser.patch**2, 2 * unit, 3 * unit), time, torch.tensor([10, 0, 9])[:n]
 

@@ -172,7 +172,7 @@ def change_one_by_one(lesson3, lesson4, network):
 def test_cond_unet(lesson3, lesson4, redraw, compare, arguments, shape, dtype, tolerance):
     *_, groups, _, head_dim, n_classes = arguments
     network = redraw(lesson4.CondUNet(*arguments).to(dtype))
-    x, time, label = random_inputs(shape, n_classes, 1.1 * lesson3.TIME_SCALE, dtype)  # ln(80) / 4 is 1.1
+    x, time, label = random_inputs(shape, n_classes, 1.1 * lesson3.TIME_SCALE, dtype)
 
     def expect(label):
         return reference.cond_unet(*numbers(x, time), label, arrays(network), groups, head_dim)
