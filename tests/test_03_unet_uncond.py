@@ -358,9 +358,7 @@ def test_crop_undoes_pad(lesson3, size):
         images = torch.randint(0, 256, (2, 1, *size), dtype=torch.uint8)
         padded = lesson3.pad(images, preset)
         step = preset.patch * 2 ** (len(preset.widths) - 1)
-        assert all(
-            side % step == 0 and side < wanted + step for side, wanted in zip(padded.shape[2:], size, strict=True)
-        )
+        assert all(side % step == 0 and side < wanted + step for side, wanted in zip(padded.shape[2:], size, strict=True))
         torch.testing.assert_close(lesson3.crop(padded, size), images)
         assert padded.sum() == images.sum()
 
