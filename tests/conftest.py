@@ -2,8 +2,11 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
+
+DIFFERENCES = pytest.StashKey()
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,39 @@ def redraw():
         return module
 
     return redraw
+
+
+@pytest.fixture
+def compare(request):
+    """compare(piece, result, expected, tolerance): assert that no two numbers are further apart than the tolerance, and
+    remember the largest difference for the table at the end.
+
+    result: a tensor, or NumPy's or Python's numbers; expected: tensor or array of the same shape.
+    """
+    table = request.config.stash.setdefault(DIFFERENCES, {})
+
+    def compare(piece, result, expected, tolerance):
+        precision = str(result.dtype).removeprefix("torch.") if torch.is_tensor(result) else "float64"
+        result, expected = (
+            side.detach().double().numpy() if torch.is_tensor(side) else np.asarray(side) for side in (result, expected)
+        )
+        assert result.shape == expected.shape
+        difference = np.abs(result - expected).max()
+        row = table.setdefault(piece, {})
+        row[precision] = max(difference, row.get(precision, (0, 0))[0]), tolerance
+        assert difference <= tolerance, f"{piece}: {difference:.1e} apart, {tolerance:.0e} allowed"
+        assert np.abs(expected).max() > 100 * tolerance, f"{piece}: too small to be compared"
+
+    return compare
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    table = config.stash.get(DIFFERENCES, {})
+    if table:
+        width = max(map(len, table))
+        terminalreporter.section("largest differences (allowed)")
+        for piece, row in table.items():
+            cells = (
+                "{}  {:.0e} ({:.0e})".format(precision, *row[precision]) for precision in sorted(row, reverse=True)
+            )
+            terminalreporter.write_line(f"{piece:{width}}  {'   '.join(cells)}")

@@ -1,0 +1,96 @@
+"""From noise to images: the denoiser, guidance, and three ways to follow it down (Karras et al. 2022).
+
+A noisy image is x = x0 + sigma · noise. A denoiser looks at x and sigma and says what x0 was: x0_hat.
+"""
+
+import numpy as np
+
+from reference_numpy.layers import pixel_shuffle, pixel_unshuffle
+
+
+def denoise(network, x, sigma, label, sigma_data, patch, time_scale):
+    """Noisy images x (n, c, h, w) and their sigma (n,) -> x0_hat (n, c, h, w).
+
+    network(x, time, label): see `cond_unet`. sigma_data: standard deviation of the images. patch: the pixels of patches
+    of this size are the network's channels. time_scale: the network's time is ln(sigma) / 4 times this.
+    """
+    s = sigma[:, None, None, None]  # (n, 1, 1, 1)
+    c_skip = sigma_data**2 / (s**2 + sigma_data**2)  # how much of x stays
+    c_out = s * sigma_data / np.sqrt(s**2 + sigma_data**2)  # standard deviation of what the network has to find
+    c_in = 1 / np.sqrt(s**2 + sigma_data**2)  # gives the network's input variance 1
+    h = network(pixel_unshuffle(c_in * x, patch), time_scale * np.log(sigma) / 4, label)
+    return c_skip * x + c_out * pixel_shuffle(h, patch)
+
+
+def denoising_loss(x0_hat, x0, sigma, sigma_data):
+    """(n,): the mean squared error of each image, divided by the variance of what its network had to find, c_out²."""
+    squared = (x0_hat - x0) ** 2
+    return squared.mean(axis=(1, 2, 3)) * (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def guide(with_label, without, guidance):
+    """Two x0_hat, one that was told the label and one that wasn't -> from the second past the first (Ho and Salimans
+    2022)."""
+    return with_label + guidance * (with_label - without)
+
+
+def noise_levels(steps, sigma_min, sigma_max, rho=7):
+    """(steps + 1,): from sigma_max down to sigma_min, denser towards the small ones, and then 0 (equation 5)."""
+    sigmas = np.zeros(steps + 1)
+    for i in range(steps):
+        way = i / max(steps - 1, 1)  # from 0 to 1
+        sigmas[i] = (sigma_max ** (1 / rho) + way * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return sigmas
+
+
+def starting_noise(seed, label, index, shape):
+    """What image `index` of a class begins with: standard normal numbers that depend on these three alone."""
+    return np.random.default_rng((seed, label, index)).standard_normal(shape, np.float32)
+
+
+# Each sampler takes denoise(x, sigma), with one number sigma; noise (n, c, h, w) of variance 1; and falling noise
+# levels that end with 0. It returns x at each of them: the first is pure noise, the last the images.
+
+
+def sample_ddim(denoise, noise, sigmas):
+    """Keep the fraction of the noise that the next level allows (Song et al. 2021)."""
+    states = [sigmas[0] * noise]
+    for i in range(len(sigmas) - 1):
+        x = states[-1]
+        x0_hat = denoise(x, sigmas[i])
+        noise_hat = (x - x0_hat) / sigmas[i]
+        states.append(x0_hat + sigmas[i + 1] * noise_hat)
+    return states
+
+
+def sample_dpm(denoise, noise, sigmas):
+    """DPM-Solver++(2M): where x0_hat has been going, half a step ahead (Lu et al. 2022, algorithm 2)."""
+    states = [sigmas[0] * noise]
+    before = []  # every x0_hat so far
+    for i in range(len(sigmas) - 1):
+        x = states[-1]
+        x0_hat = denoise(x, sigmas[i])
+        before.append(x0_hat)
+        if sigmas[i + 1] == 0:  # all noise is gone: there remains what the denoiser sees
+            states.append(x0_hat)
+            continue
+        step = np.log(sigmas[i] / sigmas[i + 1])
+        if i > 0:
+            r = np.log(sigmas[i - 1] / sigmas[i]) / step
+            x0_hat = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * before[i - 1]
+        states.append(sigmas[i + 1] / sigmas[i] * x - (np.exp(-step) - 1) * x0_hat)
+    return states
+
+
+def sample_heun(denoise, noise, sigmas):
+    """The mean of the slopes dx / dsigma at both ends of the step (Karras et al. 2022, algorithm 1)."""
+    states = [sigmas[0] * noise]
+    for i in range(len(sigmas) - 1):
+        x = states[-1]
+        slope = (x - denoise(x, sigmas[i])) / sigmas[i]
+        x_next = x + (sigmas[i + 1] - sigmas[i]) * slope
+        if sigmas[i + 1] > 0:
+            slope_next = (x_next - denoise(x_next, sigmas[i + 1])) / sigmas[i + 1]
+            x_next = x + (sigmas[i + 1] - sigmas[i]) * (slope + slope_next) / 2
+        states.append(x_next)
+    return states

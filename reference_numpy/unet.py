@@ -1,0 +1,95 @@
+"""The conditional U-Net (Ronneberger et al. 2015), and the simpler ones of lesson 3.
+
+Parameters are a dictionary with the names of the PyTorch network, as arrays. From it can be read how many layers there
+are, and which of them have attention; the number of groups and the channels of a head can't be, and are arguments.
+"""
+
+import numpy as np
+
+from reference_numpy.attention import multi_head_self_attention
+from reference_numpy.embedding import timestep_embedding
+from reference_numpy.layers import convolution, group_norm, linear, silu, upsample
+
+
+def part(parameters, prefix):
+    """The parameters whose names begin with the prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): array for name, array in parameters.items() if name.startswith(prefix)}
+
+
+def residual_block(x, embedding, parameters, groups):
+    """(n, c, h, w) -> (n, out, h, w): x, and added to it what two convolutions find.
+
+    embedding: (n, dim), from which each channel's scale and shift come, or None.
+    """
+    p = parameters
+    h = group_norm(x, groups, p["conv1.norm.weight"], p["conv1.norm.bias"])
+    h = convolution(silu(h), p["conv1.conv.weight"], p["conv1.conv.bias"], padding=1)  # (n, out, h, w)
+    h = group_norm(h, groups, p["conv2.norm.weight"], p["conv2.norm.bias"])
+    if embedding is not None:
+        scale_shift = linear(silu(embedding), p["scale_shift.weight"], p["scale_shift.bias"])  # (n, 2 out)
+        scale, shift = np.split(scale_shift, 2, axis=1)  # (n, out) each
+        h = (1 + scale[:, :, None, None]) * h + shift[:, :, None, None]
+    h = convolution(silu(h), p["conv2.conv.weight"], p["conv2.conv.bias"], padding=1)
+    if "shortcut.weight" in p:  # where the number of channels changes
+        x = convolution(x, p["shortcut.weight"], p["shortcut.bias"])  # (n, out, h, w)
+    return x + h
+
+
+def block(x, embedding, parameters, groups, head_dim):
+    """(n, c, h, w) -> (n, out, h, w): a residual block and, where there are parameters for it, self-attention."""
+    x = residual_block(x, embedding, parameters, groups)
+    if "attention.qkv.weight" in parameters:
+        heads = x.shape[1] // head_dim
+        x = multi_head_self_attention(x, part(parameters, "attention."), heads, groups)
+    return x
+
+
+def embed(time, label, parameters):
+    """(n,) and (n,) -> (n, dim): what the blocks are told about time and label, or None if the network isn't told."""
+    p = parameters
+    if "embed_time.0.weight" not in p:
+        return None
+    columns = p["embed_time.0.weight"].shape[1]
+    h = linear(timestep_embedding(time, columns), p["embed_time.0.weight"], p["embed_time.0.bias"])  # (n, dim)
+    embedding = linear(silu(h), p["embed_time.2.weight"], p["embed_time.2.bias"])  # (n, dim)
+    if "embed_label.weight" in p:
+        rows = p["embed_label.weight"]  # (labels + 1, dim): one row for each label, and the last for "no label"
+        if label is None:
+            label = np.full(len(time), len(rows) - 1)
+        embedding = embedding + rows[label]
+    return embedding
+
+
+def cond_unet(x, time, label, parameters, groups, head_dim=None):
+    """(n, channels, h, w) -> (n, channels, h, w). time: (n,). label: (n,) whole numbers, or None for "no label".
+
+    The U-Nets without label or time are the same with fewer parameters.
+    """
+    p = parameters
+    embedding = embed(time, label, p)
+
+    h = convolution(x, p["conv_in.weight"], p["conv_in.bias"], padding=1)
+    skips = [h]
+    i = 0
+    while layer := part(p, f"down.{i}."):
+        if "weight" in layer:  # a convolution between two levels: half the height and width
+            h = convolution(h, layer["weight"], layer["bias"], stride=2, padding=1)
+        else:
+            h = block(h, embedding, layer, groups, head_dim)
+        skips.append(h)
+        i += 1
+
+    h = block(h, embedding, part(p, "middle.0."), groups, head_dim)
+    h = block(h, embedding, part(p, "middle.1."), groups, head_dim)
+
+    i = 0
+    while layer := part(p, f"up.{i}."):
+        if "1.weight" in layer:  # between two levels: twice the height and width
+            h = convolution(upsample(h), layer["1.weight"], layer["1.bias"], padding=1)
+        else:
+            h = np.concatenate([h, skips.pop()], axis=1)  # the channels of both
+            h = block(h, embedding, layer, groups, head_dim)
+        i += 1
+
+    h = group_norm(h, groups, p["conv_out.norm.weight"], p["conv_out.norm.bias"])
+    return convolution(silu(h), p["conv_out.conv.weight"], p["conv_out.conv.bias"], padding=1)

@@ -1,0 +1,145 @@
+"""Write the network that lesson 3 or 4 has trained as a diffusers UNet2DModel, run by hand.
+
+    python tests/export_diffusers.py CHECKPOINT DIR
+
+CHECKPOINT is a checkpoint.pt under runs/. DIR gets the network, for UNet2DModel.from_pretrained(DIR), and the noise
+levels, for EDMDPMSolverMultistepScheduler.from_pretrained(DIR). How to draw with the two stands in README.md: what the
+`Denoiser` does around the network is not in the export.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import EDMDPMSolverMultistepScheduler, UNet2DModel
+from safetensors import SafetensorError
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+lesson3 = importlib.import_module("03_unet_uncond")
+UserError = lesson3.UserError
+
+# Our names of layers, and diffusers'
+AROUND = {
+    "conv_in": "conv_in",
+    "embed_time.0": "time_embedding.linear_1",
+    "embed_time.2": "time_embedding.linear_2",
+    "embed_label": "class_embedding",
+    "conv_out.norm": "conv_norm_out",
+    "conv_out.conv": "conv_out",
+}
+IN_BLOCK = {
+    "conv1.norm": "resnets.{}.norm1",
+    "conv1.conv": "resnets.{}.conv1",
+    "scale_shift": "resnets.{}.time_emb_proj",
+    "conv2.norm": "resnets.{}.norm2",
+    "conv2.conv": "resnets.{}.conv2",
+    "shortcut": "resnets.{}.conv_shortcut",
+    "attention.norm": "attentions.{}.group_norm",
+    "attention.qkv": "attentions.{}.qkv",
+    "attention.proj": "attentions.{}.to_out.0",
+}
+
+
+def rename(layer, depth):
+    """Diffusers' name of our layer in a U-Net of that depth. Raises KeyError for a layer that it doesn't have."""
+    if layer in AROUND:
+        return AROUND[layer]
+    path, _, rest = layer.partition(".")
+    place, _, rest = rest.partition(".")
+    if path == "middle":
+        return "mid_block." + IN_BLOCK[rest].format(place)
+    # we count the layers of the whole path; diffusers counts levels, and blocks in each
+    blocks, between = {"down": (depth, "downsamplers.0.conv"), "up": (depth + 1, "upsamplers.0.conv")}[path]
+    level, block = divmod(int(place), blocks + 1)
+    return f"{path}_blocks.{level}." + (between if block == blocks else IN_BLOCK[rest].format(block))
+
+
+def convert(state, depth):
+    """Our network's parameters, a dictionary of tensors, under diffusers' names. Raises KeyError for unknown ones."""
+    converted = {}
+    for name, tensor in state.items():
+        layer, _, kind = name.rpartition(".")
+        theirs = rename(layer, depth)
+        if theirs.endswith(".qkv"):  # queries, keys and values: one layer of ours, three of theirs
+            for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{theirs.removesuffix('qkv')}to_{letter}.{kind}"] = rows
+        else:
+            converted[f"{theirs}.{kind}"] = tensor
+    return converted
+
+
+def make_unet(run):
+    """An untrained UNet2DModel with the structure of a `Run`'s network. Raises KeyError for an unknown preset."""
+    preset = lesson3.PRESETS[run.preset]
+    conditional = run.network == "CondUNet"
+    padded = lesson3.pad(torch.empty(1, 1, *run.size), preset).shape[2:]
+    attends = [conditional and level in preset.attention_levels for level in range(len(preset.widths))]
+    return UNet2DModel(
+        sample_size=tuple(side // preset.patch for side in padded),
+        in_channels=preset.patch**2,
+        out_channels=preset.patch**2,
+        block_out_channels=preset.widths,
+        layers_per_block=preset.depth,
+        down_block_types=tuple("AttnDownBlock2D" if attend else "DownBlock2D" for attend in attends),
+        up_block_types=tuple("AttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)),
+        add_attention=conditional,
+        attention_head_dim=preset.head_dim,
+        norm_num_groups=preset.groups,
+        attn_norm_num_groups=preset.groups,
+        num_class_embeds=len(run.classes) + 1 if conditional else None,
+        resnet_time_scale_shift="scale_shift",
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+
+
+def export(path, folder):
+    """Write what the checkpoint at `path` samples with, the averaged weights, to `folder`, made where it isn't there.
+
+    Raises UserError where the checkpoint can't be exported, and OSError or SafetensorError where the folder can't be
+    written to.
+    """
+    checkpoint = lesson3.load_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"{path}: no checkpoint there")
+    run = checkpoint["run"]
+    if run.network == "UNet":
+        raise UserError(f"{path}: a network without time (--no-time) can't be a UNet2DModel, which is told the time")
+    state = {name.removeprefix("network."): tensor for name, tensor in checkpoint["average"].items()}
+    try:
+        unet = make_unet(run)
+        unet.load_state_dict(convert(state, unet.config.layers_per_block))
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: not a network of these lessons, or of another version of them") from error
+    scheduler = EDMDPMSolverMultistepScheduler(
+        sigma_min=lesson3.SIGMA_MIN, sigma_max=lesson3.SIGMA_MAX, sigma_data=run.sigma_data
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    unet.save_pretrained(folder)
+    scheduler.save_pretrained(folder)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main():
+    parser = Parser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of a run of 03 or 04")
+    parser.add_argument("dir", metavar="DIR", type=Path, help="folder to write to")
+    options = parser.parse_args()
+    try:
+        export(options.checkpoint, options.dir)
+    except UserError as error:
+        parser.error(str(error))
+    except (OSError, SafetensorError) as error:
+        parser.error(f"DIR must be a folder that can be written to ({error})")
+    for name in ("config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"):
+        print(f"wrote {options.dir / name}")
+
+
+if __name__ == "__main__":
+    main()
