@@ -1,13 +1,18 @@
 """The judge: a small classifier of garments, whose features measure how good drawn garments are.
 
-It is trained once on the official training images and kept under runs/judge/. Distances between sets of images are
-taken between their pooled features (Heusel et al. 2017, with this network in the place of Inception, which was made
+It is trained once, in about ten minutes on two CPU cores, and kept under runs/judge/. Distances between sets of images
+are taken between their pooled features (Heusel et al. 2017, with this network in the place of Inception, which was made
 for photographs).
 """
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import trange
+
+KEPT = Path(__file__).parent.parent / "runs" / "judge" / "judge.pt"
 
 
 class Block(nn.Module):
@@ -52,30 +57,47 @@ class Judge(nn.Module):
 
 
 def augment(images, generator):
-    """Shift each batch by up to two pixels, and mirror it half of the time."""
+    """Shift a batch `(n, 1, 28, 28)` by up to two pixels, and mirror it half of the time."""
     dy, dx, mirror = torch.randint(0, 10, (3,), generator=generator).tolist()
     images = F.pad(images, (2, 2, 2, 2), value=-1)[..., dy % 5 : dy % 5 + 28, dx % 5 : dx % 5 + 28]
     return images.flip(3) if mirror < 5 else images
 
 
-def train(judge, images, labels, epochs=16, batch_size=128, rate=2e-3, seed=0, report=print):
-    """images: uint8 (n, 28, 28), labels: int64 (n,), both tensors."""
+def to_range(images):
+    """uint8 (n, 28, 28) -> float32 (n, 1, 28, 28) in [-1, 1]."""
+    return images[:, None] / 127.5 - 1
+
+
+def train(judge, images, labels, epochs=10, batch_size=128, rate=2e-3, seed=0):
+    """images: uint8 (n, 28, 28), labels: int64 (n,), both tensors. Returns the judge, which is changed in place."""
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(judge.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     judge.train().to(memory_format=torch.channels_last)
-    for epoch in range(epochs):
+    for _ in trange(epochs, desc="training the judge", unit="epoch"):
         order = torch.randperm(len(images), generator=generator)
         for chosen in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
-            x = augment(images[chosen, None].float() / 127.5 - 1, generator)
+            x = augment(to_range(images[chosen]), generator)
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss = F.cross_entropy(judge(x), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-        report(f"epoch {epoch + 1} of {epochs}: loss {loss.item():.3f}")
+    return judge.eval()
+
+
+def get_judge(images, labels):
+    """The judge that is kept under runs/; where there is none, one is trained on these images and kept."""
+    torch.manual_seed(0)
+    judge = Judge()
+    if KEPT.exists():
+        judge.load_state_dict(torch.load(KEPT, weights_only=True))
+    else:
+        train(judge, images, labels)
+        KEPT.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(judge.state_dict(), KEPT)
     return judge.eval()
 
 

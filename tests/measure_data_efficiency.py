@@ -69,7 +69,7 @@ def train(parameters, loss, images, steps, generator, name):
     def rate(step):
         return min(1, 10 * (step + 1) / steps) * (1 + math.cos(math.pi * step / steps)) / 2
 
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for _ in tqdm(range(steps), name, leave=False, disable=None):
         chosen = torch.randint(len(images), (BATCH,), generator=generator)
@@ -175,7 +175,7 @@ def main():
     parser.add_argument("--data", choices=data.NAMES, default="auto")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1000, help="of training on labelled images (%(default)s)")
-    parser.add_argument("--pretraining-steps", type=int, default=4000, help="without labels (%(default)s)")
+    parser.add_argument("--pretraining-steps", type=int, default=3000, help="without labels (%(default)s)")
     options = parser.parse_args()
     train_set, test_set = (data.load(options.data, split) for split in data.SPLITS)
     began = time.perf_counter()

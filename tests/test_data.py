@@ -184,7 +184,7 @@ def test_an_impostor_is_named_and_the_next_host_tried(host, digits, monkeypatch,
 
 
 def test_nothing_wrong_stays_in_the_cache(host, monkeypatch):
-    monkeypatch.setattr(fashion_mnist, "SHA256", {name: ("0" * 64,) * 2 for name in fashion_mnist.SHA256})
+    monkeypatch.setattr(fashion_mnist, "SHA256", dict.fromkeys(fashion_mnist.SHA256, ("0" * 64,) * 2))
     with pytest.raises(data.DataError, match="expected SHA-256 0000"):
         data.load("fashion-mnist", "train")
     assert list(fashion_mnist.CACHE.iterdir()) == []
