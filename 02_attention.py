@@ -10,7 +10,6 @@ depend on what the pixels hold (Vaswani et al. 2017; lecture section "self-atten
 import functools
 import importlib
 import math
-import statistics
 import time
 
 import matplotlib.pyplot as plt
@@ -679,18 +678,18 @@ def forward_backward(layer, x):
         torch.cuda.synchronize()  # or we would not wait for it
 
 
-def measure_seconds(layers, x, enough=0.5):
-    """Seconds of one forward and backward pass of each layer: a median over rounds, one pass of each layer a round, so
-    that whatever else the machine has to do meets all layers alike. Rounds go on until `enough` seconds have passed."""
+def measure_seconds(layers, x, enough=1.5):
+    """Seconds of one forward and backward pass of each layer: the median over rounds, until `enough` seconds have
+    passed. A round is one pass of each layer, so that whatever else the machine has to do meets all layers alike."""
     rounds = []  # rounds layers
     began = time.perf_counter()
-    while len(rounds) < 2 or (len(rounds) < 20 and time.perf_counter() - began < enough):
+    while not rounds or (len(rounds) < 20 and time.perf_counter() - began < enough):
         times = [time.perf_counter()]
         for layer in layers:
             forward_backward(layer, x)
             times.append(time.perf_counter())
         rounds.append(np.diff(times))
-    return [statistics.median_low(column) for column in zip(*rounds, strict=True)]
+    return np.median(rounds, axis=0).tolist()
 
 
 def measure_kept(layer, x):
