@@ -90,7 +90,7 @@ def grid(images, columns):
 def plot_images(axes, images, columns, rows=(), heads=()):
     """Images `(n, 1, h, w)` in [-1, 1] in a grid, with a name for each row and each column if given."""
     height, width = images.shape[2:]
-    axes.imshow(grid(images, columns), vmin=-1, vmax=1)
+    axes.imshow(grid(images, columns).numpy(), vmin=-1, vmax=1)
     axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(heads))], heads)
     axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
     axes.xaxis.tick_top()
@@ -161,7 +161,7 @@ def show_order(out):
         left[label] = [correlation(state, x) for state in states]
         print(f"   {label}: correlation with what went in {left[label][-1]:.2f}, gradient {growth:.1f} times as large")
         for letter, i in zip(row, (0, 1, 5, 20), strict=True):
-            axes[letter].imshow(states[i][0, 0])
+            axes[letter].imshow(states[i][0, 0].numpy())
             axes[letter].set(xticks=[], yticks=[], title=f"{label}\nafter {i}" if i else f"what went in\n({name})")
     plot_lines(axes["curve"], range(21), left, xlabel="blocks", ylabel="correlation with what went in")
     axes["curve"].set_xticks(range(0, 21, 5))
@@ -460,7 +460,9 @@ def show_skips(out):
         late = np.mean(curves[row][-20:])
         print(f"   {row}: loss {late:.3f} in the last 20 steps, {errors[row]:.3f} on {len(garments)} test garments")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
-    plot_lines(left, range(100), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4))
+    plot_lines(
+        left, range(len(curves[row])), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4)
+    )
     plot_images(right, torch.cat(list(rows.values())), 8, rows)
     ratio = errors["skips cut"] / errors["with skips"]
     figure.suptitle(f"Without skips {ratio:.1f} times the error: edges are lost ({name})")
@@ -468,10 +470,10 @@ def show_skips(out):
 
 
 # %% 6. Noise: x = x0 + sigma · noise
-# From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. 0.02 can't be seen, and at
-# 80 nothing else can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", EDM; the
-# lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between it is drawing: where
-# the noise hides a garment's edge, whoever takes the noise away must invent it.
+# From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. 0.02 can't be seen, and
+# at 80 nothing else can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", EDM;
+# the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between it is drawing:
+# where the noise hides a garment's edge, whoever takes the noise away must invent it.
 def add_noise(x0, sigma, noise):
     """`(n, c, h, w)` and noise levels `(n,)` -> `(n, c, h, w)`; the noise has variance one."""
     return x0 + sigma.view(-1, 1, 1, 1) * noise
@@ -488,7 +490,7 @@ def show_noise(out):
     for axis, sigma, picture in zip(axes.flat, sigmas, x, strict=True):
         alike, low, high = correlation(picture[None], garments), picture.min(), picture.max()
         print(f"   sigma {sigma:6.2f}: pixels from {low:7.1f} to {high:6.1f}, correlation {alike:5.2f}")
-        axis.imshow(picture[0])
+        axis.imshow(picture[0].numpy())
         axis.set(xticks=[], yticks=[], title=f"σ = {sigma:.2g}\ncorrelation {alike:.2f}")
     figure.suptitle(f"A garment under more and more noise, each picture on its own scale ({name})")
     save_picture(figure, out / "06_noise.png")
@@ -629,8 +631,8 @@ def show_time(out):
     columns = timestep_embedding(torch.linspace(ticks[0], ticks[-1], 400), 64).T.numpy()
     moving = int((columns.max(axis=1) - columns.min(axis=1) > 1).sum())
     figure, axes = plt.subplots(figsize=(8, 4))
-    axes.imshow(columns, aspect="auto", extent=(ticks[0], ticks[-1], 63.5, -0.5), interpolation="nearest")
-    axes.set_xticks(ticks, [f"{sigma:g}" for sigma in shown])
+    axes.imshow(columns, aspect="auto", extent=(*ticks[[0, -1]].tolist(), 63.5, -0.5), interpolation="nearest")
+    axes.set_xticks(ticks.tolist(), [f"{sigma:g}" for sigma in shown])
     axes.set(xlabel="sigma", ylabel="column (sines above, cosines below)")
     figure.suptitle(f"What the blocks are told: {moving} of 64 columns move by half of their range or more")
     save_picture(figure, out / "08_time.png")
@@ -780,12 +782,17 @@ def choose_precision(device):
     return torch.bfloat16 if fast.get(device.type) else None
 
 
-def make_denoiser(run, network_class, device):
-    """The denoiser of a `Run`, with new weights that its seed decides."""
+def make_denoiser(run, network_class, device, weights=None):
+    """The denoiser of a `Run`, with these weights (a state_dict) or new ones that its seed decides. Raises UserError
+    where the weights don't fit."""
     torch.manual_seed(run.seed)
     preset = PRESETS[run.preset]
     network = network_class.from_preset(preset, len(run.classes))
     denoiser = Denoiser(network, run.sigma_data, preset.patch, choose_precision(device))
+    try:
+        denoiser.load_state_dict(weights or denoiser.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint isn't of today's preset {run.preset!r}; --restart trains anew") from error
     return denoiser.to(device, memory_format=torch.channels_last)  # the order in which convolutions are fastest
 
 
@@ -822,8 +829,7 @@ def with_trained(script, *network_classes):
                 print(f"   left out, for want of a trained network: python {script} --out {out.parent} trains one")
                 return
             run = checkpoint["run"]
-            denoiser = make_denoiser(run, classes[run.network], choose_device("auto"))
-            denoiser.load_state_dict(checkpoint["average"])
+            denoiser = make_denoiser(run, classes[run.network], choose_device("auto"), checkpoint["average"])
             print(f"   {run.title}, {checkpoint['step']:,} of {run.steps:,} steps")
             show(out, denoiser.eval().requires_grad_(False), run)
 
@@ -924,7 +930,7 @@ def save_film(path, title, states, shown=4, columns=10):
     frames = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(columns, len(states)))]
     strips = []
     for image in range(min(shown, len(frames[0][1]))):
-        strips += [x[image] / max(1.0, x[image].std().item() * 1.5) for _, x, _ in frames]
+        strips += [x[image] / max(1.0, x[image].std().item()) for _, x, _ in frames]
         strips += [x0_hat[image] for _, _, x0_hat in frames]
     rows = ["x", "x0_hat"] * (len(strips) // len(frames) // 2)
     save_images(path, title, torch.stack(strips), len(frames), rows, [f"σ = {sigma:.2g}" for sigma, _, _ in frames])
@@ -1090,9 +1096,8 @@ def get_denoiser(options, network_class, check=lambda run: None):
     check(run)
 
     denoiser = make_denoiser(run, network_class, options.device)
-    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    if checkpoint:
-        average.load_state_dict(checkpoint["average"])
+    average = make_denoiser(run, network_class, options.device, checkpoint and checkpoint["average"])
+    average.eval().requires_grad_(False)
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     cuda = options.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"{options.device}, {torch.get_num_threads()} threads"

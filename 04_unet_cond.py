@@ -92,6 +92,17 @@ def measure_levels(preset, size):
         yield side, *kept, weights, *measure_seconds(blocks, x, enough=0.3)
 
 
+def stack_bars(axis, sides, parts, label):
+    """A bar for each level, of which each part `(levels,)` is a piece."""
+    for i, (name, values) in enumerate(parts.items()):
+        below = sum(list(parts.values())[:i])
+        style = {"color": ("0.8", "0.4", "white")[i], "hatch": ("", "", "//")[i], "edgecolor": "black"}
+        axis.bar(range(len(sides)), values, bottom=below, label=name, **style)
+    axis.set_xticks(range(len(sides)), [f"{side:.0f} × {side:.0f}" for side in sides])
+    axis.set(xlabel="level of the lecture's net", ylabel=label)
+    axis.legend()
+
+
 @lesson
 def show_balance(out):
     """1. What attention costs on each level: one block, one image, forward and backward"""
@@ -110,17 +121,6 @@ def show_balance(out):
     ratios += f", {slow[-1] / quick[-1]:.1f} times at {sides[-1]:.0f} × {sides[-1]:.0f}"
     figure.suptitle(f"A block with attention takes {ratios}")
     save_picture(figure, out / "01_balance.png")
-
-
-def stack_bars(axis, sides, parts, label):
-    """A bar for each level, of which each part `(levels,)` is a piece."""
-    for i, (name, values) in enumerate(parts.items()):
-        below = sum(list(parts.values())[:i])
-        style = {"color": ("0.8", "0.4", "white")[i], "hatch": ("", "", "//")[i], "edgecolor": "black"}
-        axis.bar(range(len(sides)), values, bottom=below, label=name, **style)
-    axis.set_xticks(range(len(sides)), [f"{side:.0f} × {side:.0f}" for side in sides])
-    axis.set(xlabel="level of the lecture's net", ylabel=label)
-    axis.legend()
 
 
 # %% 2. The label
@@ -227,16 +227,17 @@ def show_guidance(out, denoiser, run):
     title = f"One step at sigma 3: from no label to the label, and on along the same line ({run.data})"
     save_images(out / "03_line.png", title, torch.cat(rows), n, names)
 
-    rows, twice = {}, label.repeat(2)
+    rows, twice, apart = {}, label.repeat(2), []
     noise = draw_noise(run, denoiser.device, [(0, int(i), k) for k in (0, 1) for i in label])
     for w in (0, 0.5, 1, 3):
         images = draw_garments(guide(denoiser, twice, w), noise, run)
         rows[f"guidance {w:g}"] = images[:n]
-        alike, limit = spread(images.unflatten(0, (2, n))), (images.abs() > 0.99).float().mean()
+        apart.append(spread(images.unflatten(0, (2, n))))
+        limit = (images.abs() > 0.99).float().mean()
         print(
-            f"   garments, guidance {w:g}: two of a class differ by {alike:.2f}; {limit:.0%} of pixels are at a limit"
+            f"   garments, guidance {w:g}: two of a class differ by {apart[-1]:.2f}; {limit:.0%} of pixels at a limit"
         )
-    title = f"The same noise, more and more guidance ({run.data})"
+    title = f"Two garments of a class differ by {apart[0]:.2f} without guidance, by {apart[-1]:.2f} with 3 ({run.data})"
     save_images(out / "03_guidance.png", title, torch.cat(list(rows.values())), n, rows)
 
 
@@ -259,17 +260,16 @@ def show_blend(out, denoiser, run):
     n, steps = len(run.classes), 9
     pairs = [(one % n, other % n) for one, other in ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6))]
     names = [f"{run.classes[one]} to\n{run.classes[other]}" for one, other in pairs]
-    rows, label = [], torch.arange(steps, device=denoiser.device)
+    rows, largest, label = [], [], torch.arange(steps, device=denoiser.device)
     for (one, other), name in zip(pairs, names, strict=True):
         denoise = functools.partial(blend(denoiser, one, other, steps), label=label)
         noise = draw_noise(run, denoiser.device, [(0, one, 0)]).expand(steps, -1, -1, -1)
         rows.append(draw_garments(denoise, noise, run))
         jumps = (rows[-1][1:] - rows[-1][:-1]).flatten(1).norm(dim=1)
-        print(
-            f"   {name.replace(chr(10), ' ')}: {jumps.max() / jumps.sum():.0%} of the way in one of {steps - 1} steps"
-        )
+        largest.append(float(jumps.max() / jumps.sum()))
+        print(f"   {name}: {largest[-1]:.0%} of the way in the largest of {steps - 1} steps".replace("\n", " "))
     heads = [f"{i / (steps - 1):.0%}" for i in range(steps)]
-    title = f"The same noise, between two rows of the label's embedding ({run.data})"
+    title = f"Between two rows of the embedding no step makes more than {max(largest):.0%} of the way ({run.data})"
     save_images(out / "04_blend.png", title, torch.cat(rows), steps, names, heads)
 
 
@@ -314,7 +314,9 @@ def show_look(out, denoiser, run):
             axis.plot(x_place, y, "s", color="tab:orange", markerfacecolor="none")
     for head, axis in enumerate(axes[-1, 1:]):
         axis.set_xlabel(f"head {head + 1}")
-    figure.suptitle(f"{run.data}: what the marked place hears, in {tokens} × {tokens} tokens")
+    figure.suptitle(
+        f"Which of {tokens} × {tokens} places the marked one hears: it depends on head and noise ({run.data})"
+    )
     save_picture(figure, out / "05_look.png")
 
 
