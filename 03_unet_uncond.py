@@ -65,10 +65,14 @@ lesson = Lesson("03_unet_uncond.py", __name__ == "__main__")
 
 
 @functools.cache
+def load_split(split):
+    return load("auto", split)
+
+
 def load_garments(split, n):
-    """The first n garments, float32 `(n, 1, h, w)` in [-1, 1], and the data set's name."""
-    data = load("auto", split)
-    return torch.from_numpy(data.images[:n])[:, None] / 127.5 - 1, data.name
+    """The first n garments, float32 `(n, 1, 28, 28)` in [-1, 1], and the data set's name."""
+    data = load_split(split)
+    return F.interpolate(torch.from_numpy(data.images[:n])[:, None] / 127.5 - 1, size=(28, 28)), data.name
 
 
 def plot_lines(axes, x, lines, **labels):
@@ -627,7 +631,8 @@ def show_time(out):
         print(f"   {kind.__name__}: {sum(p.numel() for p in kind(1, (16, 32), 1, 4).parameters()):,} parameters")
     shown = torch.tensor([0.02, 0.1, 0.5, 2, 10, 80])
     ticks = TIME_SCALE * shown.log() / 4
-    print("   " + ", ".join(f"sigma {sigma:g} is time {tick:.0f}" for sigma, tick in zip(shown, ticks, strict=True)))
+    print("   sigma" + "".join(f"{sigma:8g}" for sigma in shown))
+    print("   time " + "".join(f"{tick:8.0f}" for tick in ticks))
     columns = timestep_embedding(torch.linspace(ticks[0], ticks[-1], 400), 64).T.numpy()
     moving = int((columns.max(axis=1) - columns.min(axis=1) > 1).sum())
     figure, axes = plt.subplots(figsize=(8, 4))
@@ -640,6 +645,9 @@ def show_time(out):
 
 # %% 9. Training
 # Draw garments, draw a noise level and noise for each, and let the denoiser say what the garments were.
+#
+# How much does time help? An image shows by itself how noisy it is, unlike the single pixel of lesson 1. So we may
+# expect little; the two small nets below tell. Few of the levels they are trained at are near the ends of the scale.
 def denoising_loss(denoiser, x0, sigma, noise, label=None):
     """The squared error of x0_hat, weighted so that an untrained network's is about one at every sigma. Returns `(n,)`.
 

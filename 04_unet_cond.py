@@ -190,7 +190,8 @@ def show_labels(out, denoiser, run):
 # %% 3. Guidance (Ho and Salimans 2022)
 # A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
 # label and with it, are two points, and guidance goes on along the line through them. A little of it gives clearer
-# garments of the class, and fewer odd ones; much of it gives garments that are all alike and too bright.
+# garments of the class, and fewer odd ones. Much of it overdoes what makes the class: more and more pixels are as black
+# or as white as they can be. (It is said to make the garments of a class alike, too: the numbers tell how far it does.)
 def guide(denoiser, label, guidance):
     """denoise(x, sigma) for `sample`: x0(label) + guidance · (x0(label) - x0(no label)), in one batched call.
 
@@ -227,18 +228,18 @@ def show_guidance(out, denoiser, run):
     title = f"One step at sigma 3: from no label to the label, and on along the same line ({run.data})"
     save_images(out / "03_line.png", title, torch.cat(rows), n, names)
 
-    rows, twice, apart = {}, label.repeat(2), []
+    rows, twice, limits = {}, label.repeat(2), []
     noise = draw_noise(run, denoiser.device, [(0, int(i), k) for k in (0, 1) for i in label])
     for w in (0, 0.5, 1, 3):
         images = draw_garments(guide(denoiser, twice, w), noise, run)
         rows[f"guidance {w:g}"] = images[:n]
-        apart.append(spread(images.unflatten(0, (2, n))))
-        limit = (images.abs() > 0.99).float().mean()
+        apart = spread(images.unflatten(0, (2, n)))
+        limits.append(float((images.abs() > 0.99).float().mean()))
         print(
-            f"   garments, guidance {w:g}: two of a class differ by {apart[-1]:.2f}; {limit:.0%} of pixels at a limit"
+            f"   garments, guidance {w:g}: {limits[-1]:.0%} of pixels black or white; two of a class {apart:.2f} apart"
         )
-    title = f"Two garments of a class differ by {apart[0]:.2f} without guidance, by {apart[-1]:.2f} with 3 ({run.data})"
-    save_images(out / "03_guidance.png", title, torch.cat(list(rows.values())), n, rows)
+    title = f"Without guidance {limits[0]:.0%} of all pixels are black or white, with guidance 3 {limits[-1]:.0%}"
+    save_images(out / "03_guidance.png", f"{title} ({run.data})", torch.cat(list(rows.values())), n, rows)
 
 
 # %% 4. From one class to another
@@ -269,7 +270,7 @@ def show_blend(out, denoiser, run):
         largest.append(float(jumps.max() / jumps.sum()))
         print(f"   {name}: {largest[-1]:.0%} of the way in the largest of {steps - 1} steps".replace("\n", " "))
     heads = [f"{i / (steps - 1):.0%}" for i in range(steps)]
-    title = f"Between two rows of the embedding no step makes more than {max(largest):.0%} of the way ({run.data})"
+    title = f"From class to class no step of {steps - 1} makes more than {max(largest):.0%} of the way ({run.data})"
     save_images(out / "04_blend.png", title, torch.cat(rows), steps, names, heads)
 
 
