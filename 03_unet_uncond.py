@@ -1,14 +1,16 @@
 """Lesson 3: a U-Net learns to take noise away, and so to draw garments.
 
-First the network without time, built in small steps; then with time; then what it is trained to do, and how samples
-come out of it. Running it trains the unconditional model and draws from it (lecture section "unconditional model").
+First the network without time, built in small steps; then noise and time; then what it is trained to do, and how
+samples come out of it (lecture sections "U-Net" and "unconditional model"; notebook 26).
 
-    python 03_unet_uncond.py [--no-time] [--epochs E] [--data-dir DIR] [--help]
+    python 03_unet_uncond.py [--no-time] [--epochs E] [--help]   trains the unconditional model and draws from it
+    python 03_unet_uncond.py --show                              prints and draws what the sections say, in two minutes
 """
 
-# %%
+# %% What this lesson needs
 import argparse
 import copy
+import functools
 import importlib
 import math
 import pickle
@@ -18,6 +20,7 @@ import sys
 import time
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -26,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import NAMES, DataError, load
@@ -36,10 +40,144 @@ save_picture = lesson1.save_picture
 timestep_embedding = lesson1.timestep_embedding
 
 
-# %% Pre-activation convolution: norm and activation come before the convolution, so that a block's output is a plain
-# sum of convolutions, neither squashed nor cut off at zero.
+class Lesson(list):
+    """A lesson's `show_…(out)` functions, in order: @lesson adds one. --show runs them all; where cells are run one by
+    one in an editor (in_main, and the command line isn't the script's), each runs at once."""
+
+    def __init__(self, script, in_main):
+        in_cells = in_main and Path(sys.argv[0]).resolve().name != script
+        self.out = Parser(script, None).parse_args().out if in_cells else None
+
+    def __call__(self, show):
+        self.append(show)
+        if self.out:
+            self.run(show, self.out)
+        return show
+
+    def run(self, show, out):
+        """Print and draw what a section says; out: the folder of the run, in which its pictures go to lesson/."""
+        print(f"\n{show.__doc__}")
+        (out / "lesson").mkdir(exist_ok=True)
+        show(out / "lesson")
+
+
+lesson = Lesson("03_unet_uncond.py", __name__ == "__main__")
+
+
+@functools.cache
+def load_split(split):
+    return load("auto", split)
+
+
+def load_garments(split, n):
+    """The first n garments, float32 `(n, 1, 28, 28)` in [-1, 1], and the data set's name."""
+    data = load_split(split)
+    return F.interpolate(torch.from_numpy(data.images[:n])[:, None] / 127.5 - 1, size=(28, 28)), data.name
+
+
+def plot_lines(axes, x, lines, **labels):
+    """Curves over x, each with its name, that differ without colour too; `labels` is what `axes.set` takes."""
+    for (name, y), style in zip(lines.items(), ("black -", "tab:orange --", "0.5 -."), strict=False):
+        color, line = style.split()
+        axes.plot(x, y, line, color=color, marker="o" if len(x) < 25 else None, label=name)
+    axes.set(**labels)
+    axes.legend()
+
+
+def grid(images, columns):
+    """`(n, 1, h, w)` in [-1, 1] -> one picture `(rows h, columns w)`, row by row; what is missing is background."""
+    missing = -len(images) % columns
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing), value=-1)
+    return rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
+
+
+def plot_images(axes, images, columns, rows=(), heads=()):
+    """Images `(n, 1, h, w)` in [-1, 1] in a grid, with a name for each row and each column if given."""
+    height, width = images.shape[2:]
+    axes.imshow(grid(images, columns).numpy(), vmin=-1, vmax=1)
+    axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(heads))], heads)
+    axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def save_images(path, title, images, columns, rows=(), heads=()):
+    """A picture of such a grid alone."""
+    scale = min(12, max(4, 0.8 * columns)) / columns  # inches an image
+    width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
+    figure, axes = plt.subplots(figsize=(max(7, width), height + 0.3 * bool(heads)))
+    plot_images(axes, images, columns, rows, heads)
+    figure.suptitle(title)
+    save_picture(figure, path)
+
+
+# %% 1. A convolution comes after its norm and its activation
+# A network has as many layers as it needs, and a signal must come through all of them: forwards, or the last layers
+# don't know what the picture was, and backwards, or the first ones don't learn. A shortcut, x + ..., lets it pass; but
+# an activation *behind* the sum, as in the lecture's first residual blocks, cuts it off again, block after block.
+# Put norm and activation in front of each convolution, and what leaves a block is a plain sum.
+#
+# The same layers in both orders; x is `(n, c, h, w)` all the way:
+def activate_last(x, convs, norms):
+    """He et al. 2015, "Deep Residual Learning"."""
+    h = F.silu(norms[0](convs[0](x)))
+    return F.silu(x + norms[1](convs[1](h)))
+
+
+def activate_first(x, convs, norms):
+    """He et al. 2016, "Identity Mappings in Deep Residual Networks"."""
+    h = convs[0](F.silu(norms[0](x)))
+    return x + convs[1](F.silu(norms[1](h)))
+
+
+def signal_through(block, x, blocks=20):
+    """x `(n, c, h, w)` and the activations after each block; and how many times as large a gradient (all numbers drawn
+    at random) is once it has come back through all of them."""
+    torch.manual_seed(0)
+    states = [x.detach().clone().requires_grad_()]
+    for _ in range(blocks):
+        convs, norms = zip(*((nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16)) for _ in range(2)), strict=True)
+        states.append(block(states[-1], convs, norms))
+    gradient = torch.randn_like(x)
+    (arrived,) = torch.autograd.grad(states[-1], states[0], gradient)
+    return [state.detach() for state in states], float(arrived.norm() / gradient.norm())
+
+
+def correlation(a, b):
+    """Of two tensors `(n, c, h, w)`, each channel's mean taken off: 1 is the same picture, 0 is nothing in common."""
+    a, b = (tensor - tensor.mean(dim=(0, 2, 3), keepdim=True) for tensor in (a, b))
+    return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+
+
+@lesson
+def show_order(out):
+    """1. A convolution comes after its norm and its activation: a signal through 20 blocks"""
+    garments, name = load_garments("test", 32)
+    torch.manual_seed(0)
+    x = nn.Conv2d(1, 16, 3, padding=1)(garments).detach()  # n c h w
+    panels = [["curve"] * 4, list("abcd"), list("efgh")]
+    figure, axes = plt.subplot_mosaic(panels, figsize=(8, 7), height_ratios=[3, 2, 2])
+    left = {}
+    for order, row in ((activate_first, "abcd"), (activate_last, "efgh")):
+        label = order.__name__.replace("_", " ")
+        states, growth = signal_through(order, x / x.std())
+        left[label] = [correlation(state, x) for state in states]
+        print(f"   {label}: correlation with what went in {left[label][-1]:.2f}, gradient {growth:.1f} times as large")
+        for letter, i in zip(row, (0, 1, 5, 20), strict=True):
+            axes[letter].imshow(states[i][0, 0].numpy())
+            axes[letter].set(xticks=[], yticks=[], title=f"{label}\nafter {i}" if i else f"what went in\n({name})")
+    plot_lines(axes["curve"], range(21), left, xlabel="blocks", ylabel="correlation with what went in")
+    axes["curve"].set_xticks(range(0, 21, 5))
+    first, last = (values[-1] for values in left.values())
+    figure.suptitle(f"After 20 blocks {first:.2f} of the signal is left if activations come first, {last:.2f} if last")
+    save_picture(figure, out / "01_order.png")
+
+
+# %% 2. The residual block
+# So norm, activation and convolution are one layer, in this order.
 class PreActConv(nn.Module):
-    """GroupNorm, SiLU, 3×3 convolution (He et al. 2016, "Identity Mappings in Deep Residual Networks").
+    """GroupNorm, SiLU, 3×3 convolution.
 
     Group norm (Wu and He 2018) treats each image alone. Batch norm, which the lecture uses, shares its statistics among
     the images of a batch, and these have different noise levels: what it has averaged in training fits none of them.
@@ -54,7 +192,7 @@ class PreActConv(nn.Module):
         """x: `(n, in_channels, h, w)`; scale and shift, `(n, in_channels, 1, 1)`, act on the normalized activations.
         Returns `(n, out_channels, h, w)`."""
         h = self.norm(x)
-        if scale is not None:
+        if scale is not None:  # from section 8 on
             h = (1 + scale) * h + shift
         return self.conv(F.silu(h))
 
@@ -66,7 +204,8 @@ def zero_(layer):
     return layer
 
 
-# %% The residual block: what two convolutions find is added to what came in.
+# What two convolutions find is added to what came in. The last one starts at zero, so a new block changes nothing: the
+# network begins as a short one, and each block joins in when it has learned something.
 class ResBlock(nn.Module):
     """Two pre-activation convolutions and a shortcut, which is a 1×1 convolution where the width changes."""
 
@@ -82,8 +221,32 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(self.conv1(x))
 
 
-# %% Saved: the up path needs what the down path computed. Mixed in *front* of a module class, `Saved` comes first in
-# the order in which Python looks for `forward`, and `super().forward` is the module's own.
+def change_by_others(norm, x):
+    """By how much of its size a norm's output for the first image changes if the others of the batch get noisier."""
+    noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])
+    before, after = norm(x)[0], norm(noisier)[0]
+    return float(((after - before).norm() / before.norm()).detach())
+
+
+@lesson
+def show_block(out):
+    """2. The residual block"""
+    torch.manual_seed(0)
+    x = torch.randn(8, 16, 14, 14)
+    wider = ResBlock(16, 32, groups=4)
+    h = wider.conv1(x)
+    steps = {"x": x, "conv1": h, "conv2": wider.conv2(h), "shortcut(x)": wider.shortcut(x), "sum": wider(x)}
+    print("   " + ", ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
+    print(f"   a new block of the same width changes its input by {(ResBlock(16, 16, 4)(x) - x).abs().max():g}")
+    for name, norm in {"batch": nn.BatchNorm2d(16), "group": nn.GroupNorm(4, 16)}.items():
+        change = change_by_others(norm, x)
+        print(f"   {name} norm, and the other images get noisier: this one's activations change by {change:.0%}")
+
+
+# %% 3. Saved: the up path will need what the down path computed
+# A class that keeps what it returns, whatever it computes. It computes nothing itself: `super().forward` is the next
+# `forward` in the order in which Python searches the class's ancestors. So `Saved` must be mixed in *front* of a module
+# class; behind it, the module's `forward` is found first, and `Saved` is never asked.
 class Saved:
     """A module that keeps its output until the up path takes it."""
 
@@ -107,7 +270,25 @@ class SavedConv(Saved, nn.Conv2d):
     pass
 
 
-# %% The U-Net (Ronneberger et al. 2015)
+class MixedInBehind(nn.Conv2d, Saved):
+    """What not to do."""
+
+
+@lesson
+def show_saved(out):
+    """3. Saved: where Python looks for forward, and what is saved"""
+    for kind in (SavedConv, MixedInBehind):
+        conv, x = kind(1, 4, 3), torch.randn(2, 1, 8, 8)
+        order = " -> ".join(parent.__name__ for parent in kind.__mro__[:3] if "forward" in vars(parent))
+        same, saved = torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias)), conv.take()
+        what = "nothing" if saved is None else tuple(saved.shape)
+        print(f"   {kind.__name__}: finds {order}; is a convolution: {same}; has saved {what}")
+
+
+# %% 4. The U-Net (Ronneberger et al. 2015)
+# Down: blocks, and convolutions of stride 2, which halve height and width; so a 3×3 convolution sees ever more of the
+# garment, and costs ever less. Up: the same the other way. Beside what comes from below, each block there gets what was
+# saved at its size on the way down, one channel after the other.
 def upsample(width):
     """Twice the height and width: each pixel four times, then a 3×3 convolution to smooth the steps."""
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1))
@@ -165,7 +346,7 @@ class UNet(nn.Module):
 
     @classmethod
     def from_preset(cls, preset, n_classes):
-        """The network for a `Preset` (see below)."""
+        """The network for a `Preset`."""
         return cls(preset.patch**2, preset.widths, preset.depth, preset.groups)
 
     def forward(self, x, time=None, label=None):
@@ -188,8 +369,219 @@ class UNet(nn.Module):
         return self.conv_out(h)
 
 
-# %% Time: each block learns a scale and a shift of its channels from the time. They act after the second norm; in front
-# of it, the norm would take out again what is common to a group.
+class Preset(NamedTuple):
+    widths: tuple[int, ...]  # channels of each level
+    depth: int  # residual blocks a level
+    groups: int  # of the group norms; of 16 channels each, or bfloat16 on a CPU is several times as slow in them
+    patch: int  # side of the patches that the denoiser turns into channels
+    attention_levels: tuple[int, ...]  # in lesson 4
+    head_dim: int  # channels of a head there
+    batch_size: int
+    peak: float  # learning rate for that batch size
+    epochs: float
+
+
+PRESETS = {
+    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 4.5),
+    "lecture": Preset((32, 64, 128, 256), 2, 8, 1, (1, 2, 3), 8, 256, 2e-3, 25),
+}
+
+
+def measure_layers(network, x):
+    """For each layer on x's way through a U-Net: its name, its output's shape, its parameters, its multiply-adds."""
+    parts = {"conv_in": network.conv_in, "conv_out": network.conv_out}
+    for path in ("down", "middle", "up"):
+        parts |= {f"{path}.{i}": layer for i, layer in enumerate(getattr(network, path))}
+    rows = []
+
+    def note(name, layer, y):
+        operations = sum(counter.get_flop_counts()[f"{type(network).__name__}.{name}"].values()) // 2
+        rows.append((name, tuple(y.shape[1:]), sum(parameter.numel() for parameter in layer.parameters()), operations))
+
+    for name, layer in parts.items():
+        layer.register_forward_hook(lambda layer, inputs, y, name=name: note(name, layer, y))
+    with FlopCounterMode(display=False) as counter:
+        network(x)
+    return rows
+
+
+@lesson
+def show_layers(out):
+    """4. The U-Net, layer by layer, for one image of 28 × 28 pixels, padded to 32 × 32"""
+    network = UNet.from_preset(PRESETS["lecture"], n_classes=10)
+    rows = measure_layers(network, torch.zeros(1, 1, 32, 32))
+    print("                           c    h    w    parameters   multiply-adds")
+    for name, shape, *counts in rows:
+        kind = type(network.get_submodule(name)).__name__.replace("Sequential", "upsample")
+        print("   {:9}{:14}{:5}{:5}{:5}{:14,}{:16,}".format(name, kind, *shape, *counts))
+    totals = np.array([counts for _, _, *counts in rows])
+    for height in (32, 16, 8, 4):
+        share = totals[[shape[1] == height for _, shape, *_ in rows]].sum(axis=0) / totals.sum(axis=0)
+        print("   at {0:2} × {0:2}: {1:.0%} of the parameters, {2:.0%} of the operations".format(height, *share))
+
+
+# %% 5. What the skips are for
+# At the bottom of the U, where a garment is 7 × 7 pixels, there's room for what it is, but not for where its edges run.
+# The skips bring this back. To see it, we cut them: every saved activation arrives as zeros. Both nets have the same
+# parameters, start from the same ones, and are to take away one and the same strength of noise.
+def cut_skips(network):
+    for layer in network.modules():
+        if isinstance(layer, Saved):
+            layer.take = lambda take=layer.take: torch.zeros_like(take())
+
+
+def train_skips(cut, images, steps=100, batch_size=32, peak=0.01):
+    """A small U-Net trained to take noise of strength 0.5 from images `(n, 1, h, w)`, and its loss at each step."""
+    torch.manual_seed(0)
+    network = UNet(1, (8, 16, 32), depth=1, groups=4)
+    if cut:
+        cut_skips(network)
+    optimizer = torch.optim.AdamW(network.parameters())
+    losses = []
+    for step in range(steps):
+        x0 = images[torch.randint(len(images), (batch_size,))]
+        loss = F.mse_loss(network(x0 + 0.5 * torch.randn_like(x0)), x0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = peak * (1 - step / steps)
+        optimizer.step()
+        losses.append(loss.item())
+    return network.requires_grad_(False), losses
+
+
+@lesson
+def show_skips(out):
+    """5. What the skips are for: a small U-Net with and without them, each trained for 100 steps"""
+    images, name = load_garments("train", 512)
+    garments, _ = load_garments("test", 8)
+    torch.manual_seed(1)
+    noisy = garments + 0.5 * torch.randn_like(garments)
+    rows, curves, errors = {"garment": garments, "with noise": noisy}, {}, {}
+    for row, cut in {"with skips": False, "skips cut": True}.items():
+        network, curves[row] = train_skips(cut, images)
+        rows[row] = network(noisy)
+        errors[row] = float(F.mse_loss(rows[row], garments))
+        late = np.mean(curves[row][-20:])
+        print(f"   {row}: loss {late:.3f} in the last 20 steps, {errors[row]:.3f} on {len(garments)} test garments")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
+    plot_lines(
+        left, range(len(curves[row])), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4)
+    )
+    plot_images(right, torch.cat(list(rows.values())), 8, rows)
+    ratio = errors["skips cut"] / errors["with skips"]
+    figure.suptitle(f"Without skips {ratio:.1f} times the error: edges are lost ({name})")
+    save_picture(figure, out / "05_skips.png")
+
+
+# %% 6. Noise: x = x0 + sigma · noise
+# From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. 0.02 can't be seen, and
+# at 80 nothing else can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", EDM;
+# the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between it is drawing:
+# where the noise hides a garment's edge, whoever takes the noise away must invent it.
+def add_noise(x0, sigma, noise):
+    """`(n, c, h, w)` and noise levels `(n,)` -> `(n, c, h, w)`; the noise has variance one."""
+    return x0 + sigma.view(-1, 1, 1, 1) * noise
+
+
+@lesson
+def show_noise(out):
+    """6. Noise: one garment at ten levels, and its correlation with the garment that it was"""
+    garments, name = load_garments("test", 1)
+    torch.manual_seed(0)
+    sigmas = torch.logspace(math.log10(0.02), math.log10(80), 10)
+    x = add_noise(garments, sigmas, torch.randn(10, *garments.shape[1:]))
+    figure, axes = plt.subplots(2, 5, figsize=(8, 4))
+    for axis, sigma, picture in zip(axes.flat, sigmas, x, strict=True):
+        alike, low, high = correlation(picture[None], garments), picture.min(), picture.max()
+        print(f"   sigma {sigma:6.2f}: pixels from {low:7.1f} to {high:6.1f}, correlation {alike:5.2f}")
+        axis.imshow(picture[0].numpy())
+        axis.set(xticks=[], yticks=[], title=f"σ = {sigma:.2g}\ncorrelation {alike:.2f}")
+    figure.suptitle(f"A garment under more and more noise, each picture on its own scale ({name})")
+    save_picture(figure, out / "06_noise.png")
+
+
+# %% 7. The denoiser: c_in, c_skip and c_out
+# Two things would make learning hard. x is 0.6 large at one end and 80 at the other, and a network likes its input to
+# be of one size. And x0, asked for directly, is the wrong question at both ends: at low noise, x is the answer but for
+# a little, and a network that has to repeat its input adds errors of its own.
+#
+# c_in scales x to variance one, whatever sigma is. c_skip lets x itself through, as far as it can be believed: nearly
+# all of it at low noise, nothing at high. c_out scales what the network adds, and its target has variance one, too: at
+# low noise it is the noise, at high noise the garment, in between a mix. (c_skip is chosen so that c_out, by which the
+# network's errors are multiplied, is as small as it can be.)
+#
+# "time" is how noisy x is, as lesson 1 has it. UNet takes no notice of it; section 8 mends that.
+TIME_SCALE = 1000  # ln(sigma) / 4 runs from about -1 to 1; the embedding is made for hundreds
+
+
+class Denoiser(nn.Module):
+    """A network with EDM's preconditioning (Karras et al. 2022, table 1): the network's input and its target both have
+    variance one at every noise level, whatever the scale of x.
+
+    network:    a UNet for images of `channels · patch²` channels.
+    sigma_data: standard deviation of the training images.
+    patch:      patches of this size become channels before the network, and pixels again after it: a quarter of the
+                pixels at patch 2, and a quarter of the work.
+    precision:  the network computes in this type (autocast) if given; everything around it stays as it is.
+    """
+
+    def __init__(self, network, sigma_data, patch=1, precision=None):
+        super().__init__()
+        self.network = network
+        self.sigma_data = sigma_data
+        self.patch = patch
+        self.precision = precision
+
+    @property
+    def device(self):
+        return next(self.network.parameters()).device
+
+    def scales(self, sigma):
+        """c_skip, c_out and c_in of each sigma."""
+        variance = sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
+
+    def forward(self, x, sigma, label=None):
+        """x: noisy images `(n, c, h, w)`; sigma: `(n,)`, positive; label: `(n,)` or None. Returns x0_hat like x."""
+        c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))
+        time = TIME_SCALE * sigma.log() / 4
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
+            h = self.network(F.pixel_unshuffle(c_in * x, self.patch), time, label)
+        return c_skip * x + c_out * F.pixel_shuffle(h.to(x.dtype), self.patch)
+
+
+@lesson
+def show_scales(out):
+    """7. The denoiser: what goes into the network, and what it is to say, at each noise level"""
+    garments, _ = load_garments("test", 500)
+    torch.manual_seed(0)
+    noise = torch.randn_like(garments)
+    denoiser = Denoiser(None, sigma_data=float(garments.std()))
+    print(f"   sigma_data {denoiser.sigma_data:.3f}")
+    print("     sigma   c_skip    c_out     c_in    deviation of x    of c_in x    of the target")
+    sigmas = torch.tensor([0.02, 0.1, 0.5, 2, 10, 80])
+    for sigma in sigmas:
+        c_skip, c_out, c_in = denoiser.scales(sigma)
+        x = garments + sigma * noise
+        deviations = x.std(), (c_in * x).std(), ((garments - c_skip * x) / c_out).std()
+        print(f"   {sigma:7.2f}{c_skip:9.4f}{c_out:9.4f}{c_in:9.4f}" + "{:18.2f}{:13.2f}{:17.2f}".format(*deviations))
+    sigmas = torch.logspace(-2, 2, 200)
+    curves = dict(
+        zip(("c_skip: how much of x is kept", "c_out: how much is added", "c_in"), denoiser.scales(sigmas), strict=True)
+    )
+    figure, axes = plt.subplots(figsize=(8, 3.8))
+    plot_lines(axes, sigmas, curves, xscale="log", xlabel="sigma", ylabel="factor")
+    axes.axvline(denoiser.sigma_data, color="0.8", zorder=0)
+    axes.text(denoiser.sigma_data * 1.05, 1.4, "sigma = sigma_data")
+    figure.suptitle("At low noise x is kept, at high noise the network draws it all")
+    save_picture(figure, out / "07_scales.png")
+
+
+# %% 8. Time
+# Each block is told how noisy x is: the embedding of lesson 1, ln(sigma) / 4 times a constant that spreads it over the
+# embedding's periods, goes through two layers that all blocks share, and each block makes a scale and a shift of its
+# channels of it. They act *after* the second norm; in front of it, as in the lecture, a group norm would take out again
+# what is common to a group.
 class TimeResBlock(ResBlock):
     """A residual block that takes activations and the embedding."""
 
@@ -228,54 +620,44 @@ class TimeUNet(UNet):
         return (self.embed_time(timestep_embedding(time, self.widths[0])),)
 
 
-# %% Noise, and the denoiser: x = x0 + sigma · noise, and the network learns to say what x0 was (Karras et al. 2022,
-# "Elucidating the Design Space of Diffusion-Based Generative Models", EDM; lecture notebook 26).
-TIME_SCALE = 1000  # ln(sigma) / 4 runs from about -1 to 1; the embedding is made for hundreds
+@lesson
+def show_time(out):
+    """8. Time: what the blocks are told"""
+    torch.manual_seed(0)
+    x, norm = torch.randn(4, 16, 14, 14), nn.GroupNorm(4, 16)
+    before, after = (norm(3 * x + 1) - norm(x)).abs().mean(), (3 * norm(x) + 1 - norm(x)).abs().mean()
+    print(f"   all channels times 3, plus 1: in front of the norm a change of {before:.0e}, after it of {after:.1f}")
+    for kind in (UNet, TimeUNet):
+        print(f"   {kind.__name__}: {sum(p.numel() for p in kind(1, (16, 32), 1, 4).parameters()):,} parameters")
+    shown = torch.tensor([0.02, 0.1, 0.5, 2, 10, 80])
+    ticks = TIME_SCALE * shown.log() / 4
+    print("   sigma" + "".join(f"{sigma:8g}" for sigma in shown))
+    print("   time " + "".join(f"{tick:8.0f}" for tick in ticks))
+    columns = timestep_embedding(torch.linspace(ticks[0], ticks[-1], 400), 64).T.numpy()
+    moving = int((columns.max(axis=1) - columns.min(axis=1) > 1).sum())
+    figure, axes = plt.subplots(figsize=(8, 4))
+    axes.imshow(columns, aspect="auto", extent=(*ticks[[0, -1]].tolist(), 63.5, -0.5), interpolation="nearest")
+    axes.set_xticks(ticks.tolist(), [f"{sigma:g}" for sigma in shown])
+    axes.set(xlabel="sigma", ylabel="column (sines above, cosines below)")
+    figure.suptitle(f"What the blocks are told: {moving} of 64 columns move by half of their range or more")
+    save_picture(figure, out / "08_time.png")
 
 
-class Denoiser(nn.Module):
-    """A network with EDM's preconditioning (Karras et al. 2022, table 1): the network's input and its target both have
-    variance one at every noise level, whatever the scale of x.
-
-    network:    a UNet for images of `channels · patch²` channels.
-    sigma_data: standard deviation of the training images.
-    patch:      patches of this size become channels before the network, and pixels again after it: a quarter of the
-                pixels at patch 2, and a quarter of the work.
-    precision:  the network computes in this type (autocast) if given; everything around it stays as it is.
-    """
-
-    def __init__(self, network, sigma_data, patch=1, precision=None):
-        super().__init__()
-        self.network = network
-        self.sigma_data = sigma_data
-        self.patch = patch
-        self.precision = precision
-
-    def scales(self, sigma):
-        """c_skip, c_out and c_in of each sigma."""
-        variance = sigma**2 + self.sigma_data**2
-        return self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
-
-    def forward(self, x, sigma, label=None):
-        """x: noisy images `(n, c, h, w)`; sigma: `(n,)`, positive; label: `(n,)` or None. Returns x0_hat like x."""
-        c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))
-        time = TIME_SCALE * sigma.log() / 4
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
-            h = self.network(F.pixel_unshuffle(c_in * x, self.patch), time, label)
-        return c_skip * x + c_out * F.pixel_shuffle(h.to(x.dtype), self.patch)
-
-
+# %% 9. Training
+# Draw garments, draw a noise level and noise for each, and let the denoiser say what the garments were.
+#
+# How much does time help? An image shows by itself how noisy it is, unlike the single pixel of lesson 1. So we may
+# expect little; the two small nets below tell. Few of the levels they are trained at are near the ends of the scale.
 def denoising_loss(denoiser, x0, sigma, noise, label=None):
     """The squared error of x0_hat, weighted so that an untrained network's is about one at every sigma. Returns `(n,)`.
 
     The weight is 1 / c_out² (Karras et al. 2022, equation 8): the error of the network itself.
     """
-    x0_hat = denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
+    x0_hat = denoiser(add_noise(x0, sigma, noise), sigma, label)
     _, c_out, _ = denoiser.scales(sigma)
     return (x0_hat - x0).square().mean(dim=(1, 2, 3)) / c_out**2
 
 
-# %% Training
 P_MEAN, P_STD = -1.2, 1.2  # of ln(sigma): most training happens at the noise levels where shapes are decided
 
 
@@ -327,7 +709,169 @@ def update_average(average, denoiser, step):
         slow.lerp_(fast, min(1.0, 10 / (step + 1)))
 
 
-# %% Sampling: from pure noise, in small steps, towards what the denoiser says.
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+
+
+@torch.no_grad()
+def loss_by_level(denoiser, images, levels=LEVELS):
+    """The mean loss on images `(n, c, h, w)` at each noise level, always with the same noise: `(levels,)`."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return [float(denoising_loss(denoiser, images, torch.full((len(images),), s), noise).mean()) for s in levels]
+
+
+def train_small(network_class, images, steps=120):
+    """A small denoiser, trained on `(n, 1, h, w)` in [-1, 1] with the same batches and noise whatever the class."""
+    torch.manual_seed(0)
+    denoiser = Denoiser(network_class(4, (16, 32), depth=1, groups=4), float(images.std()), patch=2)
+    average = copy.deepcopy(denoiser)
+    optimizer = torch.optim.AdamW(denoiser.parameters())
+    pictures, labels = ((images + 1) * 127.5).round().byte(), torch.zeros(len(images), dtype=torch.int64)
+    for _ in train(denoiser, average, optimizer, pictures, labels, 0, steps, batch_size=64, peak=0.01, seed=0):
+        pass
+    return average
+
+
+@lesson
+def show_levels(out):
+    """9. Training: the loss at each noise level, of two small nets trained for 120 steps, one told the time"""
+    images, _ = load_garments("train", 2000)
+    garments, name = load_garments("test", 100)
+    kinds = {"without time": UNet, "with time": TimeUNet}
+    losses = {label: loss_by_level(train_small(kind, images), garments) for label, kind in kinds.items()}
+    print("   sigma       " + "".join(f"{sigma:7g}" for sigma in LEVELS) + "   mean")
+    for label, values in losses.items():
+        print(f"   {label:12}" + "".join(f"{value:7.3f}" for value in values) + f"{np.mean(values):7.3f}")
+    gains = [1 - told / untold for untold, told in zip(*losses.values(), strict=True)]
+    most, least = int(np.argmax(gains)), int(np.argmin(gains))
+    summary = f"Told the time, the loss changes by {-gains[most]:+.0%} at sigma {LEVELS[most]:g}"
+    summary += f", but by {-gains[least]:+.0%} at {LEVELS[least]:g}"
+    print(f"   {summary}")
+    figure, axes = plt.subplots(figsize=(8, 4))
+    plot_lines(axes, LEVELS, losses, xscale="log", ylim=0, xlabel="sigma", ylabel=f"loss on test images ({name})")
+    figure.suptitle(summary)
+    save_picture(figure, out / "09_levels.png")
+
+
+# %% 10. What is trained: a run and its checkpoint
+class Run(NamedTuple):
+    """All that the trained weights depend on."""
+
+    network: str  # its class
+    preset: str
+    epochs: float
+    batch_size: int
+    seed: int
+    data: str  # the data set's name
+    images: int  # how many
+    classes: tuple[str, ...]
+    size: tuple[int, int]  # height and width of the images
+    sigma_data: float
+
+    @property
+    def steps(self):
+        return max(1, round(self.epochs * self.images / self.batch_size))
+
+    @property
+    def title(self):
+        return f"{self.data}, {self.network}, {self.preset}, {self.epochs:g} epochs"
+
+
+class UserError(Exception):
+    """Something that the user can mend; the message is one line that says how."""
+
+
+def choose_precision(device):
+    """bfloat16 where the processor has instructions for it and is several times as fast with it; otherwise None."""
+    capabilities = torch.cpu.get_capabilities()
+    fast = {
+        "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
+        "cpu": capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"),
+    }
+    return torch.bfloat16 if fast.get(device.type) else None
+
+
+def make_denoiser(run, network_class, device, weights=None):
+    """The denoiser of a `Run`, with these weights (a state_dict) or new ones that its seed decides. Raises UserError
+    where the weights don't fit."""
+    torch.manual_seed(run.seed)
+    preset = PRESETS[run.preset]
+    network = network_class.from_preset(preset, len(run.classes))
+    denoiser = Denoiser(network, run.sigma_data, preset.patch, choose_precision(device))
+    try:
+        denoiser.load_state_dict(weights or denoiser.state_dict())
+    except RuntimeError as error:
+        raise UserError(f"the checkpoint isn't of today's preset {run.preset!r}; --restart trains anew") from error
+    return denoiser.to(device, memory_format=torch.channels_last)  # the order in which convolutions are fastest
+
+
+def save_checkpoint(path, content):
+    """All or nothing: an interrupted write leaves the old file as it was."""
+    part = path.with_suffix(".part")
+    torch.save(content, part)
+    part.replace(path)
+
+
+def load_checkpoint(path):
+    """The checkpoint's content, or None where there is none. Raises UserError where it can't be read."""
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content | {"run": Run(**content["run"])}
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
+
+
+# Small nets that are trained for seconds don't draw. So the last sections ask the network that a run of this script has
+# trained, if there is one.
+def with_trained(script, *network_classes):
+    """Make show_…(out, denoiser, run) a show_…(out), with the network in the checkpoint beside the folder out; where
+    there is none of these classes, it says in one line what is left out."""
+    classes = {network_class.__name__: network_class for network_class in network_classes}
+
+    def decorate(show):
+        @functools.wraps(show)
+        def show_trained(out):
+            checkpoint = load_checkpoint(out.parent / "checkpoint.pt")
+            if not checkpoint or checkpoint["run"].network not in classes:
+                print(f"   left out, for want of a trained network: python {script} --out {out.parent} trains one")
+                return
+            run = checkpoint["run"]
+            denoiser = make_denoiser(run, classes[run.network], choose_device("auto"), checkpoint["average"])
+            print(f"   {run.title}, {checkpoint['step']:,} of {run.steps:,} steps")
+            show(out, denoiser.eval().requires_grad_(False), run)
+
+        return show_trained
+
+    return decorate
+
+
+def choose_device(name):
+    """The torch.device for --device. Raises UserError where it isn't there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device in there if there[device]]
+    if name != "auto" and name not in available:
+        raise UserError(f"--device {name}: there is none here, only {', '.join(available)}")
+    return torch.device(available[0] if name == "auto" else name)
+
+
+def pad(images, preset):
+    """Background around `(n, c, h, w)`, as little as makes the sizes divisible as the network needs it."""
+    unit = preset.patch * 2 ** (len(preset.widths) - 1)
+    bottom, right = (-size % unit for size in images.shape[2:])
+    return F.pad(images, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
+
+
+def crop(images, size):
+    """The inverse of `pad`: the middle of `(n, c, h, w)`, of that size."""
+    top, left = ((padded - wanted) // 2 for padded, wanted in zip(images.shape[2:], size, strict=True))
+    return images[:, :, top : top + size[0], left : left + size[1]]
+
+
+# %% 11. Sampling
+# From pure noise, in small steps, towards what the denoiser says. At first it says much the same for every noise:
+# something like the mean of all garments. A step goes a part of the way there, until as much noise is left as the next
+# sigma says. The less there is, the more the denoiser sees in what's left of it, until x has become one garment.
 SIGMA_MIN, SIGMA_MAX = 0.05, 80.0  # hardly to be seen, and nothing else to be seen
 
 
@@ -378,79 +922,79 @@ def sample(denoise, noise, sigmas, method="dpm++"):
     yield 0.0, x, x
 
 
-# %% Pictures
-def grid(images, columns):
-    """`(n, 1, h, w)` in [-1, 1] -> one picture `(rows h, columns w)`, row by row; what is missing is background."""
-    missing = -len(images) % columns
-    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing), value=-1)
-    return rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
+def draw_noise(run, device, starts):
+    """Starting noise `(n, 1, h, w)` of the padded size of a run's images; starts: (seed, label, index) of each."""
+    shape = pad(torch.empty(1, 1, *run.size), PRESETS[run.preset]).shape[1:]
+    return torch.stack([starting_noise(*start, shape) for start in starts]).to(device)
 
 
-def show_grid(images, columns, title, rows=(), heads=()):
-    """A figure of images `(n, 1, h, w)` in a grid, with a name for each row and each column if given."""
-    picture = grid(images, columns)
-    height, width = images.shape[2:]
-    scale = min(12, max(4, columns * 0.8)) / picture.shape[1]
-    figure, axes = plt.subplots(
-        figsize=(max(7, picture.shape[1] * scale + 1.5 * bool(rows)), picture.shape[0] * scale + 0.6)
-    )
-    axes.imshow(picture, vmin=-1, vmax=1)
-    axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(heads))], heads)
-    axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    figure.suptitle(title)
-    return figure
+def spread(images):
+    """How far images `(n, ...)` differ: the standard deviation of a pixel among them, on average over the pixels."""
+    return float(images.var(dim=0).mean().sqrt())
 
 
-def show_denoising(states, title, shown=4, columns=10):
+def save_film(path, title, states, shown=4, columns=10):
     """A film strip of `sample`'s states: what the sampler holds (scaled to be seen), and what x0 it expects, below."""
     frames = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(columns, len(states)))]
     strips = []
     for image in range(min(shown, len(frames[0][1]))):
         strips += [x[image] / max(1.0, x[image].std().item()) for _, x, _ in frames]
         strips += [x0_hat[image] for _, _, x0_hat in frames]
-    heads = [f"σ = {sigma:.2g}" for sigma, _, _ in frames]
     rows = ["x", "x0_hat"] * (len(strips) // len(frames) // 2)
-    return show_grid(torch.stack(strips), len(frames), title, rows, heads)
+    save_images(path, title, torch.stack(strips), len(frames), rows, [f"σ = {sigma:.2g}" for sigma, _, _ in frames])
 
 
-def show_losses(losses, title):
-    """The loss of each step, and its mean over the last 2 % of the steps."""
-    window = max(1, len(losses) // 50)
-    smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.plot(losses, color="0.8", linewidth=0.7, label="each step")
-    axes.plot(range(window - 1, len(losses)), smooth, color="black", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="weighted squared error", title=title, ylim=(0, min(1.1, 1.1 * losses.max())))
-    axes.legend()
-    return figure
+@lesson
+@with_trained("03_unet_uncond.py", UNet, TimeUNet)
+def show_sampling(out, denoiser, run):
+    """11. Sampling: one step by hand, then all"""
+    noise = draw_noise(run, denoiser.device, [(0, 0, index) for index in range(4)])
+    sigmas = noise_levels(18)
+    x = sigmas[0] * noise  # n c h w: nothing but noise
+    x0_hat = denoiser(x, torch.full((4,), sigmas[0], device=x.device))  # n c h w: something like the mean garment
+    x_next = x0_hat + sigmas[1] / sigmas[0] * (x - x0_hat)  # n c h w: the noise is smaller, its direction is the same
+    states = list(sample(denoiser, noise, sigmas))
+    print(f"   sigma {sigmas[0]:.1f} to {sigmas[1]:.1f}: deviation of x {x.std():.1f} to {x_next.std():.1f}")
+    print(f"   by hand or by sample, largest difference: {(x_next - states[1][1]).abs().max():g}")
+    print("      sigma   deviation of x   of x0_hat   of x0_hat between the four images")
+    for sigma, x, x0_hat in states[::3]:
+        print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{spread(x0_hat):36.2f}")
+    early, late = spread(states[0][2]), spread(states[-1][2])
+    title = f"The four expected garments differ by {early:.2f} at first, by {late:.2f} at the end ({run.data})"
+    film = [(sigma, *(crop(part, run.size).cpu() for part in state)) for sigma, *state in states]
+    save_film(out / "11_sampling.png", title, film)
 
 
-# %% Machinery: presets and the command line
-class Preset(NamedTuple):
-    widths: tuple[int, ...]  # channels of each level
-    depth: int  # residual blocks a level
-    groups: int  # of the group norms; of 16 channels each, or bfloat16 on a CPU is several times as slow in them
-    patch: int  # side of the patches that the denoiser turns into channels
-    attention_levels: tuple[int, ...]  # in lesson 4
-    head_dim: int  # channels of a head there
-    batch_size: int
-    peak: float  # learning rate for that batch size
-    epochs: float
+# %% 12. Few steps or many
+# The path from noise to a garment is a curve, and a step follows its tangent. So the more steps, the nearer we come to
+# where the path leads. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the curve
+# itself, and is as near after fewer steps. Where the path leads, we take from 100 of its steps.
+@lesson
+@with_trained("03_unet_uncond.py", UNet, TimeUNet)
+def show_few_steps(out, denoiser, run):
+    """12. Few steps or many, DDIM or DPM-Solver++(2M): distance from the end of the path"""
+    noise = draw_noise(run, denoiser.device, [(0, 0, index) for index in range(6)])
+    counts, ends = (3, 6, 12, 18, 36), {}  # ends: n 1 h w for each method and number of steps
+    for method, steps in [("dpm++", 100), *((method, steps) for method in ("ddim", "dpm++") for steps in counts)]:
+        *_, (_, x, _) = sample(denoiser, noise, noise_levels(steps), method)
+        ends[method, steps] = crop(x, run.size).cpu()
+    off = {
+        method: [float(F.mse_loss(ends[method, steps], ends["dpm++", 100]).sqrt()) for steps in counts]
+        for method in ("ddim", "dpm++")
+    }
+    print("   steps  " + "".join(f"{steps:8}" for steps in counts))
+    for method, values in off.items():
+        print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2), width_ratios=(2, 3))
+    plot_lines(left, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0, xticks=counts)
+    rows = {f"{method}, {steps}": ends[method, steps] for method, steps in ends if steps in (6, 18, 100)}
+    plot_images(right, torch.cat(list(rows.values())), 6, rows)
+    ratio = off["ddim"][counts.index(18)] / off["dpm++"][counts.index(18)]
+    figure.suptitle(f"With 18 steps DDIM is {ratio:.1f} times as far from the end of the path as dpm++ ({run.data})")
+    save_picture(figure, out / "12_few_steps.png")
 
 
-PRESETS = {
-    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 4.5),
-    "lecture": Preset((32, 64, 128, 256), 2, 8, 1, (1, 2, 3), 8, 256, 2e-3, 25),
-}
-
-
-class UserError(Exception):
-    """Something that the user can mend; the message is one line that says how."""
-
-
+# %% Machinery: the command line
 def number(kind, least, accepted):
     """For argparse: parse a finite number from `least` up; anything else gets an error that says what is accepted."""
 
@@ -480,108 +1024,27 @@ def make_parser(script, description):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
     add("--restart", action="store_true", help="train anew, whatever checkpoint is there")
     add("--sample-only", action="store_true", help="draw from the checkpoint, don't train")
+    add("--show", action="store_true", help="print and draw what the sections say, to lesson/ in --out; don't train")
     add("--n", metavar="N", type=count, help="images to draw, without --class of each class (%(default)s)")
     add("--steps", metavar="S", type=count, default=18, help="network evaluations for a sample (%(default)s)")
     return parser
 
 
-def choose_device(name):
-    """The torch.device for --device. Raises UserError where it isn't there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [device for device in there if there[device]]
-    if name != "auto" and name not in available:
-        raise UserError(f"--device {name}: there is none here, only {', '.join(available)}")
-    return torch.device(available[0] if name == "auto" else name)
-
-
-def choose_preset(options):
-    return options.preset or ("lecture" if options.device.type == "cuda" else "small")
-
-
-def device_name(device):
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    )
-
-
-def choose_precision(device):
-    """bfloat16 where the processor has instructions for it and is several times as fast with it; otherwise None."""
-    capabilities = torch.cpu.get_capabilities()
-    fast = {
-        "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"),
-    }
-    return torch.bfloat16 if fast.get(device.type) else None
-
-
-# %% Machinery: what a run is, and its checkpoint
-class Run(NamedTuple):
-    """All that the trained weights depend on."""
-
-    network: str  # its class
-    preset: str
-    epochs: float
-    batch_size: int
-    seed: int
-    data: str  # the data set's name
-    images: int  # how many
-    classes: tuple[str, ...]
-    size: tuple[int, int]  # height and width of the images
-    sigma_data: float
-
-    @property
-    def steps(self):
-        return max(1, round(self.epochs * self.images / self.batch_size))
-
-    @property
-    def title(self):
-        return f"{self.data}, {self.network}, {self.preset}, {self.epochs:g} epochs"
-
-
-def plan(options, network_class, dataset, images):
-    """The `Run` that the options ask for. images: those of the data set, uint8 tensor, padded."""
-    preset = choose_preset(options)
-    return Run(
-        network_class.__name__,
-        preset,
-        options.epochs or PRESETS[preset].epochs,
-        options.batch_size or PRESETS[preset].batch_size,
-        options.seed,
-        dataset.name,
-        len(images),
-        dataset.classes,
-        dataset.images.shape[1:],
-        images.float().std().item() / 127.5,
-    )
-
-
-def save_checkpoint(path, content):
-    """All or nothing: an interrupted write leaves the old file as it was."""
-    part = path.with_suffix(".part")
-    torch.save(content, part)
-    part.replace(path)
-
-
-def load_checkpoint(path):
-    """The checkpoint's content, or None where there is none. Raises UserError where it can't be read."""
-    if not path.exists():
-        return None
+def start(parser, main, lesson):
+    """Parse the command line, and call main(options) or show the lesson; what the user can mend is one line and exit
+    status 2."""
+    options = parser.parse_args()
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return content | {"run": Run(**content["run"])}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
-
-
-def check_same(path, run, asked):
-    """Raise UserError where the checkpoint's run isn't the one that is asked for (a dictionary of `Run`'s fields)."""
-    there = run._asdict()
-    differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
-    if differing:
-        raise UserError(
-            f"{path} is of another run ({'; '.join(differing).replace('_', ' ')}), whose learning rate falls to zero "
-            "at its end: --restart trains anew, --out DIR keeps both"
-        )
+        options.device = choose_device(options.device)
+        if options.show:
+            for show in lesson:
+                lesson.run(show, options.out)
+        else:
+            main(options)
+    except (UserError, DataError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
 
 
 @contextmanager
@@ -602,17 +1065,15 @@ def stop_requests():
 
 
 # %% Machinery: a run from beginning to end
-def pad(images, preset):
-    """Background around `(n, c, h, w)`, as little as makes the sizes divisible as the network needs it."""
-    unit = preset.patch * 2 ** (len(preset.widths) - 1)
-    bottom, right = (-size % unit for size in images.shape[2:])
-    return F.pad(images, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
-
-
-def crop(images, size):
-    """The inverse of `pad`: the middle of `(n, c, h, w)`, of that size."""
-    top, left = ((padded - wanted) // 2 for padded, wanted in zip(images.shape[2:], size, strict=True))
-    return images[:, :, top : top + size[0], left : left + size[1]]
+def check_same(path, run, asked):
+    """Raise UserError where the checkpoint's run isn't the one that is asked for (a dictionary of `Run`'s fields)."""
+    there = run._asdict()
+    differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
+    if differing:
+        raise UserError(
+            f"{path} is of another run ({'; '.join(differing).replace('_', ' ')}), whose learning rate falls to zero "
+            "at its end: --restart trains anew, --out DIR keeps both"
+        )
 
 
 def get_denoiser(options, network_class, check=lambda run: None):
@@ -621,38 +1082,38 @@ def get_denoiser(options, network_class, check=lambda run: None):
     check(run) is called before the work begins, and may raise UserError too.
     Raises UserError or DataError where something is missing or doesn't fit; SystemExit where training was interrupted.
     """
-    path = options.out / "checkpoint.pt"
+    path, name = options.out / "checkpoint.pt", network_class.__name__
     checkpoint = None if options.restart else load_checkpoint(path)
     if options.sample_only:
         if checkpoint is None:
             raise UserError(f"{path}: no checkpoint there to draw from; run without --sample-only first")
         run = checkpoint["run"]
-        typed = {name: getattr(options, name) for name in ("preset", "epochs", "batch_size") if getattr(options, name)}
-        asked = {"network": network_class.__name__, **typed}
+        typed = {field: getattr(options, field) for field in ("preset", "epochs", "batch_size")}
+        asked = {"network": name, **{field: value for field, value in typed.items() if value}}
     else:
-        dataset = load(options.data, "train", options.data_dir)
-        images = pad(torch.from_numpy(dataset.images)[:, None], PRESETS[choose_preset(options)])
-        run = plan(options, network_class, dataset, images)
+        data = load(options.data, "train", options.data_dir)
+        preset_name = options.preset or ("lecture" if options.device.type == "cuda" else "small")
+        preset = PRESETS[preset_name]
+        images = pad(torch.from_numpy(data.images)[:, None], preset)
+        epochs, batch_size = options.epochs or preset.epochs, options.batch_size or preset.batch_size
+        of_data = data.name, len(images), data.classes, data.images.shape[1:], images.float().std().item() / 127.5
+        run = Run(name, preset_name, epochs, batch_size, options.seed, *of_data)
         asked = run._asdict()
     if checkpoint:
         check_same(path, checkpoint["run"], asked)
     check(run)
 
-    preset = PRESETS[run.preset]
-    torch.manual_seed(run.seed)
-    network = network_class.from_preset(preset, len(run.classes))
-    precision = choose_precision(options.device)
-    denoiser = Denoiser(network, run.sigma_data, preset.patch, precision)
-    denoiser.to(options.device, memory_format=torch.channels_last)  # the order in which convolutions are fastest
-    average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    if checkpoint:
-        average.load_state_dict(checkpoint["average"])
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+    denoiser = make_denoiser(run, network_class, options.device)
+    average = make_denoiser(run, network_class, options.device, checkpoint and checkpoint["average"])
+    average.eval().requires_grad_(False)
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    cuda = options.device.type == "cuda"
+    device = torch.cuda.get_device_name() if cuda else f"{options.device}, {torch.get_num_threads()} threads"
     print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
     print(f"network   {run.network}, preset {run.preset}: {parameters:,} parameters")
-    print(f"device    {device_name(options.device)}, {'bfloat16' if precision else 'float32'}")
+    print(f"device    {device}, {'bfloat16' if denoiser.precision else 'float32'}")
     if not options.sample_only:
-        labels = torch.from_numpy(dataset.labels)
+        labels = torch.from_numpy(data.labels)
         fit(run, denoiser, average, images.to(options.device), labels.to(options.device), checkpoint, path)
     return average, run
 
@@ -700,7 +1161,7 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
         print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}")
         raise SystemExit(130)
     print(f"wrote {path}")
-    save_picture(show_losses(losses.cpu().numpy(), f"{run.title}: the loss"), path.with_name("loss.png"))
+    save_losses(path.with_name("loss.png"), f"{run.title}: the loss", losses.cpu().numpy())
 
 
 def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_size=200):
@@ -708,14 +1169,13 @@ def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_s
 
     make_denoise(chosen): what `sample` needs for the images in that slice. starts: (seed, label, index) of each image.
     """
-    shape = pad(torch.empty(1, 1, *run.size), PRESETS[run.preset]).shape[1:]
-    noise = torch.stack([starting_noise(*start, shape) for start in starts])
+    noise = draw_noise(run, options.device, starts)
     filmed = np.linspace(0, min(len(noise), batch_size) - 1, min(len(noise), 4)).round()
     images, film = [], []
     with tqdm(total=len(noise) * options.steps, unit=" evaluations", unit_scale=True, leave=False) as bar:
         for first in range(0, len(noise), batch_size):
             chosen = slice(first, first + batch_size)
-            states = sample(make_denoise(chosen), noise[chosen].to(options.device), noise_levels(options.steps))
+            states = sample(make_denoise(chosen), noise[chosen], noise_levels(options.steps))
             for sigma, *state in states:
                 x, x0_hat = (crop(part, run.size).cpu() for part in state)
                 bar.update(len(x) if sigma else 0)
@@ -723,23 +1183,23 @@ def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_s
                     film.append((sigma, x[filmed], x0_hat[filmed]))
             images.append(x)
     images = torch.cat(images).clamp(-1, 1)
-    save_picture(show_grid(images, columns, title, rows), options.out / "samples.png")
+    save_images(options.out / "samples.png", title, images, columns, rows)
     np.save(options.out / "samples.npy", images.numpy())
     print(f"wrote {options.out / 'samples.npy'}")
     if not options.sample_only:
-        save_picture(show_denoising(film, f"{title}: from noise to garment"), options.out / "denoising.png")
+        save_film(options.out / "denoising.png", f"{title}: from noise to garment", film)
 
 
-def start(parser, main):
-    """Parse the command line and call main(options); what the user can mend is one line and exit status 2."""
-    options = parser.parse_args()
-    try:
-        options.device = choose_device(options.device)
-        main(options)
-    except (UserError, DataError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
+def save_losses(path, title, losses):
+    """The loss of each step, and its mean over the last 2 % of the steps."""
+    window = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.plot(losses, color="0.8", linewidth=0.7, label="each step")
+    axes.plot(range(window - 1, len(losses)), smooth, color="black", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="weighted squared error", title=title, ylim=(0, min(1.1, 1.1 * losses.max())))
+    axes.legend()
+    save_picture(figure, path)
 
 
 # %% Lesson 3 as a command
@@ -750,7 +1210,7 @@ def main(options):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__file__, __doc__)
+    parser = make_parser("03_unet_uncond.py", __doc__)
     parser.add_argument("--no-time", action="store_true", help="the first U-Net, which isn't told the time")
     parser.set_defaults(n=100)
-    start(parser, main)
+    start(parser, main, lesson)

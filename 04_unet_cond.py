@@ -1,35 +1,56 @@
 """Lesson 4: the U-Net gets attention and a class label, and draws the garment it is asked for.
 
 Running it trains the conditional model, in ten minutes on two CPU cores, and draws some of each class (lecture sections
-"attention in the U-Net" and "conditional model").
+"attention in the U-Net" and "conditional model"; notebook 28).
 
     python 04_unet_cond.py [--epochs E] [--data-dir DIR] [--help]
     python 04_unet_cond.py --sample-only --class "Ankle boot" --n 16
+    python 04_unet_cond.py --show            prints and draws what the sections say, best after the training
 """
 
-# %%
+# %% What this lesson needs
+import copy
+import functools
 import importlib
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from torch import nn
 
 lesson2 = importlib.import_module("02_attention")
 MultiHeadSelfAttention = lesson2.MultiHeadSelfAttention
+measure_kept = lesson2.measure_kept
+measure_seconds = lesson2.measure_seconds
+plot_image = lesson2.plot_image
+save_picture = lesson2.save_picture
 
 lesson3 = importlib.import_module("03_unet_uncond")
+PRESETS = lesson3.PRESETS
 Saved = lesson3.Saved
 TimeResBlock = lesson3.TimeResBlock
 TimeUNet = lesson3.TimeUNet
 UserError = lesson3.UserError
+crop = lesson3.crop
 draw = lesson3.draw
+draw_noise = lesson3.draw_noise
 get_denoiser = lesson3.get_denoiser
 make_parser = lesson3.make_parser
+noise_levels = lesson3.noise_levels
 number = lesson3.number
+sample = lesson3.sample
+save_images = lesson3.save_images
+spread = lesson3.spread
 start = lesson3.start
+with_trained = lesson3.with_trained
 zero_ = lesson3.zero_
 
+lesson = lesson3.Lesson("04_unet_cond.py", __name__ == "__main__")
 
-# %% Attention after the residual block: what a convolution found here, every other pixel can now ask for.
+
+# %% 1. Attention after the residual block, and on which levels
+# What a convolution found here, every other pixel can now ask for: whether the left shoulder has a sleeve, say. So
+# attention stands after each residual block, down and up, and once in the middle; a skip is saved after it.
 class AttentionResBlock(TimeResBlock):
     """A residual block followed by self-attention with `out_channels // head_dim` heads."""
 
@@ -47,7 +68,64 @@ class SavedAttentionResBlock(Saved, AttentionResBlock):
     pass
 
 
-# %% The label: one more row of numbers to learn for each class, added to the embedding of time.
+# Every pixel asks every pixel: at 32 × 32 pixels a single head has a million weights for one image. Hence the lecture
+# leaves the first level out, and its memory was the reason. A fused kernel (lesson 2, section 11) never holds the
+# weights. The time it takes still grows with the square of the pixels, though, and what it's good for grows little:
+# neighbours are for convolutions, and what is far away can be asked for where the picture is small.
+def measure_levels(preset, size):
+    """For each level of a preset's net, at this padded size, and one image: the side in pixels; the bytes that a
+    residual block keeps for its backward pass, without and with attention; the bytes of all attention weights, were
+    they kept; the seconds of a forward and backward pass, without and with attention."""
+    dim = 4 * preset.widths[0]
+    embedding = torch.zeros(1, dim)
+    for level, width in enumerate(preset.widths):
+        side = size // preset.patch // 2**level
+        blocks = [
+            TimeResBlock(width, width, preset.groups, dim),
+            AttentionResBlock(width, width, preset.groups, dim, preset.head_dim),
+        ]
+        for block in blocks:
+            block.forward = lambda x, forward=block.forward: forward(x, embedding)
+        x = torch.randn(1, width, side, side)
+        weights = 4 * (width // preset.head_dim) * side**4
+        kept = [measure_kept(block, x) for block in blocks]
+        yield side, *kept, weights, *measure_seconds(blocks, x, enough=0.3)
+
+
+def stack_bars(axis, sides, parts, label):
+    """A bar for each level, of which each part `(levels,)` is a piece."""
+    for i, (name, values) in enumerate(parts.items()):
+        below = sum(list(parts.values())[:i])
+        style = {"color": ("0.8", "0.4", "white")[i], "hatch": ("", "", "//")[i], "edgecolor": "black"}
+        axis.bar(range(len(sides)), values, bottom=below, label=name, **style)
+    axis.set_xticks(range(len(sides)), [f"{side:.0f} × {side:.0f}" for side in sides])
+    axis.set(xlabel="level of the lecture's net", ylabel=label)
+    axis.legend()
+
+
+@lesson
+def show_balance(out):
+    """1. What attention costs on each level: one block, one image, forward and backward"""
+    print("                        megabytes kept                       milliseconds")
+    print("    preset  side   without  with attention  its weights   without  with attention")
+    for name, size in {"small": 28, "lecture": 32}.items():
+        table = np.array(list(measure_levels(PRESETS[name], size))) * [1, 1e-6, 1e-6, 1e-6, 1e3, 1e3]
+        for row in table:
+            print("   {:>7}{:6.0f}{:10.2f}{:16.2f}{:13.2f}{:10.2f}{:16.2f}".format(name, *row))
+    sides, plain, attending, weights, quick, slow = table.T
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
+    parts = {"residual block": plain, "attention": attending - plain, "its weights, if kept": weights}
+    stack_bars(axes[0], sides, parts, "MB for one block and one image")
+    stack_bars(axes[1], sides, {"residual block": quick, "attention": slow - quick}, "milliseconds for the same")
+    ratios = f"{slow[0] / quick[0]:.1f} times the block's time at {sides[0]:.0f} × {sides[0]:.0f}"
+    ratios += f", {slow[-1] / quick[-1]:.1f} times at {sides[-1]:.0f} × {sides[-1]:.0f}"
+    figure.suptitle(f"A block with attention takes {ratios}")
+    save_picture(figure, out / "01_balance.png")
+
+
+# %% 2. The label
+# What is a label to a network? One more row of numbers to learn for each class, added to the embedding of time, so that
+# every block hears of it in its scale and shift.
 class CondUNet(TimeUNet):
     """The U-Net with attention and a class label.
 
@@ -87,8 +165,33 @@ class CondUNet(TimeUNet):
         return label.masked_fill(dropped, self.n_classes)
 
 
-# %% Guidance (Ho and Salimans 2022): a model that has also learned to do without the label knows what the label
-# changes. Going further in that direction gives clearer garments of the class, and fewer odd ones.
+def draw_garments(denoise, noise, run, steps=18):
+    """The garments `(n, 1, h, w)` in [-1, 1] at the end of the path from this noise."""
+    *_, (_, x, _) = sample(denoise, noise, noise_levels(steps))
+    return crop(x, run.size).clamp(-1, 1).cpu()
+
+
+@lesson
+@with_trained("04_unet_cond.py", CondUNet)
+def show_labels(out, denoiser, run):
+    """2. The label: the same noise, every class"""
+    n, rows = len(run.classes), 4
+    noise = draw_noise(run, denoiser.device, [(0, 0, row) for row in range(rows)]).repeat_interleave(n, dim=0)
+    label = torch.arange(n, device=noise.device).repeat(rows)
+    images = draw_garments(lambda x, sigma: denoiser(x, sigma, label), noise, run)
+    table = images.unflatten(0, (rows, n))
+    by_label, by_noise = spread(table.transpose(0, 1)), spread(table)
+    print(f"   a pixel's deviation: {by_label:.2f} among labels, same noise; {by_noise:.2f} among noises, same label")
+    title = f"The label changes a pixel by {by_label:.2f}, the noise by {by_noise:.2f} ({run.data}; a row is one noise)"
+    heads = [name.replace(" ", "\n").replace("/", "/\n") for name in run.classes]
+    save_images(out / "02_labels.png", title, images, n, [f"noise {row}" for row in range(rows)], heads)
+
+
+# %% 3. Guidance (Ho and Salimans 2022)
+# A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
+# label and with it, are two points, and guidance goes on along the line through them. A little of it gives clearer
+# garments of the class, and fewer odd ones. Much of it overdoes what makes the class: more and more pixels are as black
+# or as white as they can be. (It is said to make the garments of a class alike, too: the numbers tell how far it does.)
 def guide(denoiser, label, guidance):
     """denoise(x, sigma) for `sample`: x0(label) + guidance · (x0(label) - x0(no label)), in one batched call.
 
@@ -104,6 +207,118 @@ def guide(denoiser, label, guidance):
         return with_label + guidance * (with_label - without)
 
     return denoise
+
+
+@lesson
+@with_trained("04_unet_cond.py", CondUNet)
+def show_guidance(out, denoiser, run):
+    """3. Guidance: a line through two predictions"""
+    n = len(run.classes)
+    label = torch.arange(n, device=denoiser.device)
+    noise = draw_noise(run, denoiser.device, [(0, int(i), 0) for i in label])
+    x, sigma = 3 * noise, torch.full((n,), 3.0, device=noise.device)
+    line = {f"guidance {w:g}": guide(denoiser, label, w)(x, sigma) for w in (-1, 0, 0.5, 1, 3)}
+    without, with_label = list(line.values())[:2]
+    direction = with_label - without
+    for name, point in line.items():
+        along = ((point - without) * direction).sum() / direction.square().sum()
+        off = (point - without - along * direction).norm() / direction.norm()
+        print(f"   {name}: at {along:5.2f} on the line from no label (0) to the label (1), beside it by {off:.0e}")
+    rows, names = [crop(point, run.size).cpu() for point in line.values()], ["no label", "label", *list(line)[2:]]
+    title = f"One step at sigma 3: from no label to the label, and on along the same line ({run.data})"
+    save_images(out / "03_line.png", title, torch.cat(rows), n, names)
+
+    rows, twice, limits = {}, label.repeat(2), []
+    noise = draw_noise(run, denoiser.device, [(0, int(i), k) for k in (0, 1) for i in label])
+    for w in (0, 0.5, 1, 3):
+        images = draw_garments(guide(denoiser, twice, w), noise, run)
+        rows[f"guidance {w:g}"] = images[:n]
+        apart = spread(images.unflatten(0, (2, n)))
+        limits.append(float((images.abs() > 0.99).float().mean()))
+        print(
+            f"   garments, guidance {w:g}: {limits[-1]:.0%} of pixels black or white; two of a class {apart:.2f} apart"
+        )
+    title = f"Without guidance {limits[0]:.0%} of all pixels are black or white, with guidance 3 {limits[-1]:.0%}"
+    save_images(out / "03_guidance.png", f"{title} ({run.data})", torch.cat(list(rows.values())), n, rows)
+
+
+# %% 4. From one class to another
+# The label is a row of numbers, and between two rows there are others, which no class has. What does the network draw
+# when it is told "three quarters a pullover, one quarter a trouser"?
+def blend(denoiser, one, other, steps):
+    """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
+    blended = copy.deepcopy(denoiser)
+    rows = denoiser.network.embed_label.weight
+    weights = torch.linspace(0, 1, steps, device=rows.device)[:, None]
+    blended.network.embed_label = nn.Embedding.from_pretrained(torch.lerp(rows[one], rows[other], weights))
+    return blended
+
+
+@lesson
+@with_trained("04_unet_cond.py", CondUNet)
+def show_blend(out, denoiser, run):
+    """4. From one class to another, through the embedding"""
+    n, steps = len(run.classes), 9
+    pairs = [(one % n, other % n) for one, other in ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6))]
+    names = [f"{run.classes[one]} to\n{run.classes[other]}" for one, other in pairs]
+    rows, largest, label = [], [], torch.arange(steps, device=denoiser.device)
+    for (one, other), name in zip(pairs, names, strict=True):
+        denoise = functools.partial(blend(denoiser, one, other, steps), label=label)
+        noise = draw_noise(run, denoiser.device, [(0, one, 0)]).expand(steps, -1, -1, -1)
+        rows.append(draw_garments(denoise, noise, run))
+        jumps = (rows[-1][1:] - rows[-1][:-1]).flatten(1).norm(dim=1)
+        largest.append(float(jumps.max() / jumps.sum()))
+        print(f"   {name}: {largest[-1]:.0%} of the way in the largest of {steps - 1} steps".replace("\n", " "))
+    heads = [f"{i / (steps - 1):.0%}" for i in range(steps)]
+    title = f"From class to class no step of {steps - 1} makes more than {max(largest):.0%} of the way ({run.data})"
+    save_images(out / "04_blend.png", title, torch.cat(rows), steps, names, heads)
+
+
+# %% 5. Where a pixel looks
+# Lesson 2 opened attention with pixels that looked for what is like them. What has this network learned to look for?
+def catch_weights(layer, denoise, x, sigma):
+    """The weights `(n, heads, h w, h w)` of an attention layer while denoise(x, sigma) runs."""
+    caught = []
+    handle = layer.register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0].float()))
+    denoise(x, sigma)
+    handle.remove()
+    return layer(caught[0], return_weights=True)[1]
+
+
+@lesson
+@with_trained("04_unet_cond.py", CondUNet)
+def show_look(out, denoiser, run):
+    """5. Where a pixel looks: in the last attention on the way up, by head and noise level"""
+    label = torch.tensor([len(run.classes) - 1], device=denoiser.device)
+    denoise = guide(denoiser, label, 0)
+    layer = [block for block in denoiser.network.up if isinstance(block, AttentionResBlock)][-1].attention
+    states = list(sample(denoise, draw_noise(run, denoiser.device, [(0, int(label), 0)]), noise_levels(18)))
+    side = states[0][1].shape[2]
+    shown = [min(states[:-1], key=lambda state: abs(np.log(state[0] / sigma))) for sigma in (20, 1, 0.1)]
+    heads = min(layer.heads, 4)
+    figure, axes = plt.subplots(3, 1 + heads, figsize=(8, 5.6))
+    for row, (sigma, x, x0_hat) in zip(axes, shown, strict=True):
+        weights = catch_weights(layer, denoise, x, torch.full((1,), sigma, device=x.device))[0, :heads].cpu()
+        tokens = round(weights.shape[1] ** 0.5)
+        y, x_place = round(0.6 * tokens), round(0.3 * tokens)
+        looks = weights[:, y * tokens + x_place].unflatten(1, (tokens, tokens))  # heads h w
+        rows, columns = torch.arange(tokens)[:, None] - y, torch.arange(tokens) - x_place
+        far = looks[:, (rows**2 + columns**2) > 4].sum(dim=1)
+        print(
+            f"   sigma {sigma:6.2f}: weight more than two tokens away, by head: " + ", ".join(f"{f:.0%}" for f in far)
+        )
+        plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
+        scale = side / tokens
+        row[0].plot(scale * (x_place + 0.5) - 0.5, scale * (y + 0.5) - 0.5, "s", color="white", markerfacecolor="none")
+        for axis, look, share in zip(row[1:], looks, far, strict=True):
+            plot_image(axis, look, f"{share:.0%} far away", cmap="gray_r", vmin=0)
+            axis.plot(x_place, y, "s", color="tab:orange", markerfacecolor="none")
+    for head, axis in enumerate(axes[-1, 1:]):
+        axis.set_xlabel(f"head {head + 1}")
+    figure.suptitle(
+        f"Which of {tokens} × {tokens} places the marked one hears: it depends on head and noise ({run.data})"
+    )
+    save_picture(figure, out / "05_look.png")
 
 
 # %% Lesson 4 as a command
@@ -137,9 +352,9 @@ def main(options):
 
 
 if __name__ == "__main__":
-    parser = make_parser(__file__, __doc__)
+    parser = make_parser("04_unet_cond.py", __doc__)
     parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="draw this class only (all)")
     guidance = number(float, -100, "a number from -100 up")
     parser.add_argument("--guidance", metavar="W", type=guidance, default=0.5, help="(%(default)s)")
     parser.set_defaults(n=10)
-    start(parser, main)
+    start(parser, main, lesson)

@@ -1,8 +1,12 @@
 """Lesson 3: the U-Net and its parts, the denoiser, the samplers against closed forms, training."""
 
 import copy
+import importlib
 import math
+import re
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,3 +385,138 @@ def test_the_lecture_preset_pads_28_to_32_by_two_on_each_side(lesson3):
     assert padded.shape == (1, 1, 32, 32)
     assert padded[0, 0, 2:30, 2:30].all()
     assert padded.sum() == 28 * 28 * 255
+
+
+# The lesson's claims
+def test_a_signal_comes_through_if_activations_come_first(lesson3):
+    x = torch.randn(8, 16, 14, 14)
+    left, growth = {}, {}
+    for order in (lesson3.activate_first, lesson3.activate_last):
+        states, growth[order] = lesson3.signal_through(order, x)
+        assert len(states) == 21
+        torch.testing.assert_close(states[0], x)
+        left[order] = lesson3.correlation(states[-1], x)
+    assert left[lesson3.activate_first] > 0.4
+    assert abs(left[lesson3.activate_last]) < 0.15
+    assert growth[lesson3.activate_last] > growth[lesson3.activate_first]
+
+
+def test_correlation_is_that_of_numpy(lesson3):
+    a, b = noisy(1, 1, 5, 7), noisy(1, 1, 5, 7)
+    expected = np.corrcoef(a.flatten(), b.flatten())[0, 1]
+    assert lesson3.correlation(a, 3 * b + 1) == pytest.approx(expected, abs=1e-6)
+
+
+def test_only_batch_norm_minds_the_other_images(lesson3):
+    x = noisy(8, 16, 6, 6)
+    assert lesson3.change_by_others(nn.GroupNorm(4, 16), x) == 0
+    assert lesson3.change_by_others(nn.BatchNorm2d(16), x) > 0.3
+
+
+def test_saved_must_stand_in_front(lesson3):
+    conv = lesson3.MixedInBehind(2, 3, 3)
+    conv(noisy(1, 2, 5, 5))
+    assert conv.take() is None
+
+
+def test_layers_are_counted_right(lesson3):
+    network = lesson3.UNet(1, (8, 16), 1, 4)
+    rows = {name: counts for name, *counts in lesson3.measure_layers(network, noisy(1, 1, 8, 8))}
+    path = ["down.0", "down.1", "down.2", "middle.0", "middle.1", *(f"up.{i}" for i in range(5))]
+    assert list(rows) == ["conv_in", *path, "conv_out"]
+    assert sum(parameters for _, parameters, _ in rows.values()) == sum(p.numel() for p in network.parameters())
+    assert rows["conv_in"] == [(8, 8, 8), 8 * 9 + 8, 9 * 8 * 64]
+    assert rows["down.1"] == [(8, 4, 4), 8 * 8 * 9 + 8, 8 * 8 * 9 * 16]
+    assert rows["down.2"][2] == (8 * 16 * 9 + 16 * 16 * 9 + 8 * 16) * 16  # two convolutions and the shortcut
+
+
+def test_skips_help(lesson3):
+    images = torch.full((16, 1, 12, 12), -1.0)
+    images[:, :, ::3] = torch.linspace(-1, 1, 16).view(16, 1, 1, 1)
+    losses = [np.mean(lesson3.train_skips(cut, images, steps=60)[1][-20:]) for cut in (False, True)]
+    assert losses[0] < 0.8 * losses[1]
+
+
+def test_cut_skips_arrive_as_zeros(lesson3, time_unet):
+    lesson3.cut_skips(time_unet)
+    layer = saved_layers(lesson3, time_unet)[0][1]
+    assert not layer(noisy(1, 2, 8, 8)).equal(torch.zeros(1))
+    assert not layer.take().any()
+
+
+def test_the_loss_by_level_is_one_for_a_silent_network(lesson3):
+    denoiser = lesson3.Denoiser(lesson3.UNet(4, (8,), 1, 4), 1.0, patch=2)
+    losses = lesson3.loss_by_level(denoiser, torch.randn(64, 1, 16, 16))
+    assert losses == pytest.approx([1] * len(lesson3.LEVELS), abs=0.05)
+
+
+@pytest.fixture
+def tiny(lesson3, monkeypatch):
+    """A run with a network that's quick."""
+    preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8, epochs=0.01, batch_size=8)
+    monkeypatch.setitem(lesson3.PRESETS, "small", preset)
+    return lesson3.Run("TimeUNet", "small", 0.01, 8, 0, "garments", 100, tuple("0123456789"), (28, 28), 0.65)
+
+
+def test_sections_that_need_a_trained_network_ask_the_checkpoint(lesson3, tiny, tmp_path, capsys):
+    (tmp_path / "lesson").mkdir()
+    shown = []
+    show = lesson3.with_trained("03_unet_uncond.py", lesson3.TimeUNet)(lambda out, *rest: shown.append(rest))
+    show(tmp_path / "lesson")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert f"python 03_unet_uncond.py --out {tmp_path}" in line
+    weights = lesson3.make_denoiser(tiny._replace(seed=1), lesson3.TimeUNet, torch.device("cpu")).state_dict()
+    content = {"run": tiny._asdict(), "step": 1, "average": weights}
+    lesson3.save_checkpoint(tmp_path / "checkpoint.pt", content)
+    show(tmp_path / "lesson")
+    ((denoiser, run),) = shown
+    assert run == tiny
+    for name, weight in denoiser.state_dict().items():
+        torch.testing.assert_close(weight.cpu(), weights[name])
+    for section in (lesson3.show_sampling, lesson3.show_few_steps):
+        section(tmp_path / "lesson")
+    assert "largest difference: 0\n" in capsys.readouterr().out
+    lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(widths=(16, 16))
+    with pytest.raises(lesson3.UserError, match="--restart"):
+        show(tmp_path / "lesson")
+
+
+def run_cells(script, folder, changes, monkeypatch):
+    """As an editor runs them: one namespace, no __file__, a command line that isn't ours, drawn garments."""
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(importlib.import_module("01_time_embedding"), "HERE", folder)
+    text = (Path(__file__).parent.parent / script).read_text()
+    for before, after in changes.items():
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    namespace = {"__name__": "__main__"}
+    for cell in re.split(r"^(?=# %%)", text, flags=re.MULTILINE):
+        exec(compile(cell, "cell", "exec"), namespace)
+    return namespace
+
+
+CHANGES = {
+    "from data import NAMES, DataError, load\n": "from data import NAMES, DataError\n"
+    "def load(name, split, folder=None): return __import__('data').load('garments', split)\n",
+    "steps=100, batch_size": "steps=2, batch_size",
+    "steps=120": "steps=2",
+}
+
+
+def test_every_cell_runs_in_order_and_draws(tmp_path, monkeypatch, capsys):
+    changes = CHANGES | {
+        "\n\n\nclass UserError": "\nPRESETS['small'] = Preset((8, 16), 1, 4, 2, (1,), 8, 8, 1e-3, 0.01)\n\n"
+        "class UserError"
+    }
+    namespace = run_cells("03_unet_uncond.py", tmp_path, changes, monkeypatch)
+    printed = capsys.readouterr().out
+    titles = re.findall(r"^(\d+)\. ", printed, flags=re.MULTILINE)
+    assert titles == [str(number) for number in range(1, 13) if number != 10]  # which is about files
+    assert printed.count("left out") == 2  # the sections that need what the last cell trains
+    out = tmp_path / "runs" / "03_unet_uncond"
+    assert (out / "checkpoint.pt").exists()
+    for show in namespace["lesson"][-2:]:
+        namespace["lesson"].run(show, out)
+    assert "left out" not in capsys.readouterr().out
+    pictures = sorted((out / "lesson").iterdir())
+    assert [path.stem[:2] for path in pictures] == ["01", "05", "06", "07", "08", "09", "11", "12"]

@@ -1,7 +1,12 @@
 """Lesson 4: attention where it is asked for, labels, guidance."""
 
+import re
+
 import pytest
 import torch
+from test_03_unet_uncond import run_cells
+
+import data
 
 
 @pytest.fixture
@@ -140,3 +145,60 @@ def test_another_class_is_refused_with_what_is_accepted(lesson4, lesson3, text):
 
 def test_where_classes_are_numbers_a_number_is_a_name(lesson4):
     assert lesson4.find_class("3", ("0", "1", "2", "3")) == 3
+
+
+# The lesson's claims
+def test_attention_weights_grow_with_the_square_of_the_pixels_and_are_not_kept(lesson3, lesson4):
+    preset = lesson3.PRESETS["lecture"]._replace(widths=(16, 16), groups=4)
+    (side, without, with_attention, weights, *seconds), below = list(lesson4.measure_levels(preset, 32))
+    assert side == 32
+    assert weights == 4 * 2 * 1024**2  # bytes of float32, two heads
+    assert weights == 16 * below[3]
+    assert without < with_attention < without + 0.2 * weights
+    assert all(second > 0 for second in seconds)
+
+
+def test_blended_labels_lead_from_class_to_class(lesson3, lesson4, cond_unet, inputs):
+    x, time, _ = inputs
+    denoiser = lesson3.Denoiser(cond_unet, 0.6)
+    blended = lesson4.blend(denoiser, 2, 0, 3).network
+    for label, expected in ((0, 2), (2, 0)):
+        ours, theirs = blended(x, time, torch.full((4,), label)), cond_unet(x, time, torch.full((4,), expected))
+        torch.testing.assert_close(ours, theirs)
+    middle = blended.embed_label.weight[1]
+    torch.testing.assert_close(middle, (cond_unet.embed_label.weight[0] + cond_unet.embed_label.weight[2]) / 2)
+    assert blended.embed_label is not cond_unet.embed_label
+
+
+def test_caught_weights_are_those_of_the_layer(lesson3, lesson4, cond_unet):
+    denoiser = lesson3.Denoiser(cond_unet, 0.6)
+    layer = cond_unet.middle[0].attention
+    seen = []
+    layer.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0], output)))
+    weights = lesson4.catch_weights(layer, denoiser, torch.randn(2, 2, 8, 12), torch.tensor([1.0, 3.0]))
+    assert weights.shape == (2, layer.heads, 4 * 6, 4 * 6)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, layer.heads, 24))
+    expected, expected_weights = layer(seen[0][0], return_weights=True)
+    torch.testing.assert_close(expected, seen[0][1])  # what the network used, fused
+    torch.testing.assert_close(weights, expected_weights)
+
+
+def test_every_cell_runs_in_order_and_draws(lesson3, tmp_path, monkeypatch, capsys):
+    def garments(name, split, folder=None):
+        return data.load("garments", split)
+
+    preset = lesson3.Preset((8, 16), 1, 4, 2, (1,), 8, 8, 1e-3, 0.01)
+    monkeypatch.setitem(lesson3.PRESETS, "small", preset)
+    monkeypatch.setitem(lesson3.PRESETS, "lecture", preset)
+    monkeypatch.setattr(lesson3, "load", garments)
+    namespace = run_cells("04_unet_cond.py", tmp_path, {}, monkeypatch)
+    assert capsys.readouterr().out.count("left out") == 4  # the sections that need what the last cell trains
+    out = tmp_path / "runs" / "04_unet_cond"
+    for show in namespace["lesson"]:
+        namespace["lesson"].run(show, out)
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(\d)\. ", printed, flags=re.MULTILINE) == list("12345")
+    for guidance in (-1, 0, 0.5, 1, 3):
+        assert f"guidance {guidance:g}: at {guidance + 1:5.2f} on the line" in printed
+    names = ["01_balance", "02_labels", "03_guidance", "03_line", "04_blend", "05_look"]
+    assert sorted(path.stem for path in (out / "lesson").iterdir()) == names
