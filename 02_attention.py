@@ -542,7 +542,7 @@ def show_ears(out):
             print(f"      head {head + 1} gives {left:.0%} of its weight to the left ear, {right:.0%} to the right one")
             panels[name if len(shares) == 1 else f"{name}: head {head + 1}"] = heard[0, head]
     axes["C"].set(xlabel="step of training", ylabel="error (1: nothing is known)")
-    axes["C"].legend(loc=(0.55, 0.5), title="on new images")
+    axes["C"].legend(loc=(0.48, 0.5), title="on new images")
     places = [divmod(place, IMAGE_SIZE) for place in marks[0].argmax(dim=1).tolist()]
     for letter, (title, panel) in zip("ABDE", panels.items(), strict=True):
         panel = panel.unflatten(0, (IMAGE_SIZE, IMAGE_SIZE))
@@ -794,6 +794,9 @@ if __name__ == "__main__":
 # %% 12. Transformers
 # Attention carries information from token to token; what a token makes of it is the work of a small network, the same
 # for all. The two in turn, each with a norm and a residual, are a transformer. The norm is one of each token alone.
+#
+# What a convolution has built in, that neighbours belong together, a transformer has to find out from its data. What
+# that costs, and how much of it pre-training gives back, is measured in tests/measure_data_efficiency.py.
 class TransformerBlock(nn.Module):
     """Tokens `(n, s, c)` in and out. Raises ValueError where heads doesn't divide channels.
 

@@ -67,7 +67,10 @@ def main():
     expected, taken_for = look(judge, to_range(torch.from_numpy(test.images)))
     right = (taken_for.numpy() == test.labels).mean()
     print(f"the judge names {right:.1%} of the test images correctly")
-    chosen = np.random.default_rng(0).choice(len(train_images), options.n, replace=False)
+    # in the order of the samples: the classes in turn, in each class at random
+    order = np.random.default_rng(0).permutation(len(train.labels))
+    of_class = [order[train.labels[order] == label] for label in range(len(train.classes))]
+    chosen = np.stack(of_class, axis=1).ravel()[: options.n]  # classes are equally large
     noise = torch.randn(options.n, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     images, labels = draw_samples(checkpoint, options.n, options.steps, options.guidance)
     print(f"{'':24}{'Fréchet distance':>18}{'right class':>14}")
