@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,6 +114,17 @@ def test_a_bad_value_is_one_line(arguments, accepted, tmp_path, monkeypatch, cap
     output, errors = capfd.readouterr()
     assert accepted in one_line(subprocess.CompletedProcess([], stopped.value.code, output, errors))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_show_draws_the_lesson_and_does_not_train(trained):
+    out, _ = trained
+    before = (out / "checkpoint.pt").stat().st_mtime_ns
+    result = run("04_unet_cond.py", "--show", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "left out" not in result.stdout
+    assert (out / "lesson" / "05_look.png").exists()
+    assert (out / "checkpoint.pt").stat().st_mtime_ns == before
+    shutil.rmtree(out / "lesson")
 
 
 def test_another_run_in_the_same_folder_is_refused(trained):
