@@ -39,7 +39,7 @@ def plot_image(ax, image, title, **options):
     """An image `(h, w)` under its title."""
     ax.set_title(title, fontsize=10)
     ax.set(xticks=[], yticks=[])
-    return ax.imshow(image, **options)
+    return ax.imshow(image.numpy(), **options)
 
 
 def relative_error(result, expected):
