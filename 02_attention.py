@@ -678,18 +678,18 @@ def forward_backward(layer, x):
         torch.cuda.synchronize()  # or we would not wait for it
 
 
-def measure_seconds(layers, x, enough=1.5):
-    """Seconds of one forward and backward pass of each layer: the median over rounds, until `enough` seconds have
-    passed. A round is one pass of each layer, so that whatever else the machine has to do meets all layers alike."""
-    rounds = []  # rounds layers
+def measure_seconds(layers, x, enough=0.5):
+    """Seconds of one forward and backward pass of each layer: the fastest of several rounds, at least two, until
+    `enough` seconds have passed. Whatever else the machine has to do, fresh memory for one, only adds to a time."""
+    rounds = []  # rounds layers: one pass of each, so that a disturbance doesn't meet the same layer every time
     began = time.perf_counter()
-    while not rounds or (len(rounds) < 20 and time.perf_counter() - began < enough):
+    while len(rounds) < 2 or (len(rounds) < 20 and time.perf_counter() - began < enough):
         times = [time.perf_counter()]
         for layer in layers:
             forward_backward(layer, x)
             times.append(time.perf_counter())
         rounds.append(np.diff(times))
-    return np.median(rounds, axis=0).tolist()
+    return np.min(rounds, axis=0).tolist()
 
 
 def measure_kept(layer, x):
