@@ -377,7 +377,7 @@ class Preset(NamedTuple):
     attention_levels: tuple[int, ...]  # in lesson 4
     head_dim: int  # channels of a head there
     batch_size: int
-    peak: float  # learning rate for that batch size
+    peak: float  # learning rate for that batch size, AdamW's
     epochs: float
 
 
@@ -677,27 +677,58 @@ def draw_batch(images, labels, batch_size, seed, step, training_label):
     return x0, sigma, noise, training_label(labels[chosen], generator)
 
 
-def learning_rate(step, steps, peak):
-    """Up over the first 5 % of the steps, then straight down to zero."""
+# The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon takes its momentum
+# and makes the step equally large in all directions (all singular values about 1). A convolution's weights are a matrix
+# as well: the output channels by all that each of them looks at.
+class ConvMuon(torch.optim.Muon):
+    """Muon (Jordan et al. 2024) for convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`."""
+
+    def __init__(self, weights, **settings):
+        self.weights = list(weights)
+        super().__init__([nn.Parameter(torch.empty_like(weight.flatten(1))) for weight in self.weights], **settings)
+
+    @torch.no_grad()
+    def step(self):
+        pairs = list(zip(self.param_groups[0]["params"], self.weights, strict=True))
+        for matrix, weight in pairs:
+            matrix.copy_(weight.flatten(1))
+            matrix.grad = weight.grad.flatten(1)
+        super().step()
+        for matrix, weight in pairs:
+            weight.copy_(matrix.view_as(weight))
+
+
+def make_optimizers(denoiser, peak):
+    """Muon for the convolutions, AdamW for everything else; peak: AdamW's highest learning rate."""
+    convolutions = [parameter for parameter in denoiser.parameters() if parameter.ndim == 4]
+    others = [parameter for parameter in denoiser.parameters() if parameter.ndim != 4]
+    return [
+        ConvMuon(convolutions, lr=10 * peak, weight_decay=0.001),
+        torch.optim.AdamW(others, peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
+    ]
+
+
+def schedule(step, steps):
+    """The share of the highest learning rate: up over the first 5 % of the steps, then straight down to zero."""
     warm_up = max(1, round(0.05 * steps))
-    return peak * min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
 
-def train(denoiser, average, optimizer, images, labels, start, steps, batch_size, peak, seed):
+def train(denoiser, average, optimizers, images, labels, start, steps, batch_size, seed):
     """Train from step `start` to `steps`, and yield (step, loss) after each, the loss as a tensor on the device.
 
     images: uint8 `(n, c, h, w)`, labels: int64 `(n,)`, both on the device. average: a copy of the denoiser, which
-    becomes the moving average of its weights. peak: the highest learning rate.
+    becomes the moving average of its weights.
     """
     for step in range(start, steps):
         x0, sigma, noise, label = draw_batch(images, labels, batch_size, seed, step, denoiser.network.training_label)
         loss = denoising_loss(denoiser, x0, sigma, noise, label).mean()
-        optimizer.zero_grad()
+        denoiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * schedule(step, steps)
+            optimizer.step()
         update_average(average, denoiser, step)
         yield step, loss.detach()
 
@@ -724,9 +755,9 @@ def train_small(network_class, images, steps=120):
     torch.manual_seed(0)
     denoiser = Denoiser(network_class(4, (16, 32), depth=1, groups=4), float(images.std()), patch=2)
     average = copy.deepcopy(denoiser)
-    optimizer = torch.optim.AdamW(denoiser.parameters())
+    optimizers = make_optimizers(denoiser, peak=0.004)
     pictures, labels = ((images + 1) * 127.5).round().byte(), torch.zeros(len(images), dtype=torch.int64)
-    for _ in train(denoiser, average, optimizer, pictures, labels, 0, steps, batch_size=64, peak=0.01, seed=0):
+    for _ in train(denoiser, average, optimizers, pictures, labels, 0, steps, batch_size=64, seed=0):
         pass
     return average
 
@@ -1122,7 +1153,7 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
     """Train, or go on training, under a progress bar; save a checkpoint now and then, at the end, and when stopped."""
     preset = PRESETS[run.preset]
     peak = preset.peak * (run.batch_size / preset.batch_size) ** 0.5  # as the noise of a batch's gradient falls
-    optimizer = torch.optim.AdamW(denoiser.parameters(), peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizers = make_optimizers(denoiser, peak)
     done, losses = 0, torch.full((run.steps,), math.nan, device=images.device)
     if checkpoint:
         done = checkpoint["step"]
@@ -1131,18 +1162,19 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
             return
         losses.copy_(checkpoint["losses"])
         denoiser.load_state_dict(checkpoint["denoiser"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
     print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
 
     def save():
         content = {"run": run._asdict(), "step": done, "losses": losses, "average": average.state_dict()}
         if done < run.steps:
-            content |= {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
+            content |= {"denoiser": denoiser.state_dict(), "optimizers": [part.state_dict() for part in optimizers]}
         save_checkpoint(path, content)
 
     total, begun = run.steps * run.batch_size, done * run.batch_size
     bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True)
-    training = train(denoiser, average, optimizer, images, labels, done, run.steps, run.batch_size, peak, run.seed)
+    training = train(denoiser, average, optimizers, images, labels, done, run.steps, run.batch_size, run.seed)
     saved = time.monotonic()
     with bar, stop_requests() as requests:
         for step, loss in training:

@@ -286,19 +286,20 @@ def tiny_training(lesson3, seed=0, start=0, steps=30, state=None, until=None):
     images[1, :, 2:6, 2:6] = 200
     denoiser = lesson3.Denoiser(lesson3.TimeUNet(1, (8, 8), 1, 4), 0.5)
     average = copy.deepcopy(denoiser)
-    optimizer = torch.optim.AdamW(denoiser.parameters())
+    optimizers = lesson3.make_optimizers(denoiser, peak=5e-3)
+    parts = (denoiser, average, *optimizers)
     if state:
-        for part, content in zip((denoiser, average, optimizer), state, strict=True):
+        for part, content in zip(parts, state, strict=True):
             part.load_state_dict(copy.deepcopy(content))
     losses = []
     for step, loss in lesson3.train(
-        denoiser, average, optimizer, images, torch.tensor([0, 1]), start, steps, 16, 5e-3, seed
+        denoiser, average, optimizers, images, torch.tensor([0, 1]), start, steps, 16, seed
     ):
         assert step == start + len(losses)
         losses.append(loss.item())
         if step + 1 == until:
             break
-    return losses, [part.state_dict() for part in (denoiser, average, optimizer)]
+    return losses, [part.state_dict() for part in parts]
 
 
 def test_training_lowers_the_loss(lesson3):
@@ -334,15 +335,39 @@ def test_batches_are_a_function_of_seed_and_step(lesson3):
     assert (sigma > 0).all()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_moves_a_convolution_equally_far_in_every_direction(lesson3, layout):
+    """Whatever the gradient's singular values, the step's are all about the learning rate."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 12, 3, bias=False).to(memory_format=layout)
+    before = conv.weight.detach().clone()
+    scales = torch.logspace(0, -2, 12)[:, None, None, None]
+    conv.weight.grad = (scales * torch.randn_like(before)).contiguous(memory_format=layout)
+    lesson3.ConvMuon([conv.weight], lr=0.5, weight_decay=0).step()
+    step = (before - conv.weight.detach()).flatten(1).double()
+    u, _, v = torch.linalg.svd(conv.weight.grad.flatten(1).double(), full_matrices=False)
+    along = u.T @ step @ v.T  # the step in the gradient's own directions: 0.5 on the diagonal, if it were exact
+    assert 0.3 < along.diagonal().min() <= along.diagonal().max() < 0.65
+    assert (along - along.diagonal().diag()).abs().max() < 0.1
+
+
+def test_each_parameter_has_one_optimizer(lesson3, lesson4):
+    denoiser = lesson3.Denoiser(lesson4.CondUNet.from_preset(lesson3.PRESETS["small"], 10), 0.5)
+    muon, adam = lesson3.make_optimizers(denoiser, 1e-3)
+    owned = [*muon.weights, *adam.param_groups[0]["params"]]
+    assert len(owned) == len(set(owned))
+    assert set(owned) == set(denoiser.parameters())
+
+
 def test_learning_rate_rises_then_falls_to_zero(lesson3):
     for steps in (1, 2, 7, 1000):
-        rates = [lesson3.learning_rate(step, steps, 2.0) for step in range(steps)]
+        rates = [lesson3.schedule(step, steps) for step in range(steps)]
         top = int(np.argmax(rates))
         assert min(rates) > 0
-        assert max(rates) <= 2.0
+        assert max(rates) <= 1
         assert top <= 0.05 * steps + 1
         assert all(a > b for a, b in pairwise(rates[top:]))
-    assert max(rates) == pytest.approx(2, rel=0.01)
+    assert max(rates) == pytest.approx(1, rel=0.01)
     assert rates[-1] < 0.01
 
 
