@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from matplotlib.patches import Circle, Wedge
 from torch import nn
 
@@ -550,3 +551,75 @@ if __name__ == "__main__":
     print()
     for name, number in numbers.items():
         print(f"{name:80} {number:>8}")
+
+
+# %% Not for this lesson: what lessons 3 and 4 share
+class NotTrained(Exception):
+    """A section needs a network that a run of the script has trained; the message is one line that says how."""
+
+
+class Lesson:
+    """A script's `show_…(out)` functions, in order: @lesson adds one. --show runs them all; where cells are run one by
+    one in an editor (in_main, and the command line isn't the script's), each runs at once.
+
+    options: --out, --data, --data-dir and --device of the command line, as far as sections depend on them.
+    """
+
+    def __init__(self, script, in_main):
+        parser = Parser(script, None)
+        self.in_cells = in_main and Path(sys.argv[0]).resolve().name != script
+        self.options = argparse.Namespace(out=parser.get_default("out"), data="auto", data_dir=None, device="auto")
+        self.shows = []
+
+    def __call__(self, show):
+        self.shows.append(show)
+        if self.in_cells:
+            self.run(show)
+        return show
+
+    def run(self, show):
+        """Print and draw what a section says; its pictures go to lesson/ in the folder of the run."""
+        out = self.options.out / "lesson"
+        out.mkdir(parents=True, exist_ok=True)
+        print(f"\n{show.__doc__}")
+        try:
+            show(out)
+        except NotTrained as reason:
+            print(f"   left out: {reason}")
+
+
+def plot_lines(axes, x, lines, **labels):
+    """Up to three curves over x, by name, that differ without colour too; `labels` is what `axes.set` takes."""
+    styles = [("black", "-"), ("tab:orange", "--"), ("0.5", "-.")][: len(lines)]
+    for (name, y), (color, line) in zip(lines.items(), styles, strict=True):
+        axes.plot(x, y, line, color=color, marker="o" if len(x) < 25 else None, label=name)
+    axes.set(**labels)
+    axes.legend()
+
+
+def grid(images, columns):
+    """`(n, 1, h, w)` in [-1, 1] -> one picture `(rows h, columns w)`, row by row; what is missing is background."""
+    missing = -len(images) % columns
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing), value=-1)
+    return rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
+
+
+def plot_images(axes, images, columns, rows=(), heads=()):
+    """Images `(n, 1, h, w)` in [-1, 1] in a grid, with a name for each row and each column if given."""
+    height, width = images.shape[2:]
+    axes.imshow(grid(images, columns).numpy(), vmin=-1, vmax=1)
+    axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(heads))], heads)
+    axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def save_images(path, title, images, columns, rows=(), heads=()):
+    """A picture of such a grid alone."""
+    scale = min(12, max(4, 0.8 * columns)) / columns  # inches an image
+    width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
+    figure, axes = plt.subplots(figsize=(max(7, width), height + 0.3 * bool(heads)))
+    plot_images(axes, images, columns, rows, heads)
+    figure.suptitle(title)
+    save_picture(figure, path)

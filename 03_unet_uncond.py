@@ -20,103 +20,43 @@ import sys
 import time
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import NAMES, DataError, load
 
 lesson1 = importlib.import_module("01_time_embedding")
+NotTrained = lesson1.NotTrained
 Parser = lesson1.Parser
+TIME_SCALE = lesson1.TIME_SCALE
+noise_to_time = lesson1.noise_to_time
+plot_images = lesson1.plot_images
+plot_lines = lesson1.plot_lines
+save_images = lesson1.save_images
 save_picture = lesson1.save_picture
 timestep_embedding = lesson1.timestep_embedding
 
-
-class Lesson(list):
-    """A lesson's `show_…(out)` functions, in order: @lesson adds one. --show runs them all; where cells are run one by
-    one in an editor (in_main, and the command line isn't the script's), each runs at once."""
-
-    def __init__(self, script, in_main):
-        in_cells = in_main and Path(sys.argv[0]).resolve().name != script
-        self.out = Parser(script, None).parse_args().out if in_cells else None
-
-    def __call__(self, show):
-        self.append(show)
-        if self.out:
-            self.run(show, self.out)
-        return show
-
-    def run(self, show, out):
-        """Print and draw what a section says; out: the folder of the run, in which its pictures go to lesson/."""
-        print(f"\n{show.__doc__}")
-        (out / "lesson").mkdir(exist_ok=True)
-        show(out / "lesson")
-
-
-lesson = Lesson("03_unet_uncond.py", __name__ == "__main__")
-
-
-@functools.cache
-def load_split(split):
-    return load("auto", split)
+lesson = lesson1.Lesson("03_unet_uncond.py", __name__ == "__main__")
+load_once = functools.cache(load)
 
 
 def load_garments(split, n):
     """The first n garments, float32 `(n, 1, 28, 28)` in [-1, 1], and the data set's name."""
-    data = load_split(split)
+    data = load_once(lesson.options.data, split, lesson.options.data_dir)
     return F.interpolate(torch.from_numpy(data.images[:n])[:, None] / 127.5 - 1, size=(28, 28)), data.name
 
 
-def plot_lines(axes, x, lines, **labels):
-    """Curves over x, each with its name, that differ without colour too; `labels` is what `axes.set` takes."""
-    for (name, y), style in zip(lines.items(), ("black -", "tab:orange --", "0.5 -."), strict=False):
-        color, line = style.split()
-        axes.plot(x, y, line, color=color, marker="o" if len(x) < 25 else None, label=name)
-    axes.set(**labels)
-    axes.legend()
-
-
-def grid(images, columns):
-    """`(n, 1, h, w)` in [-1, 1] -> one picture `(rows h, columns w)`, row by row; what is missing is background."""
-    missing = -len(images) % columns
-    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, missing), value=-1)
-    return rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
-
-
-def plot_images(axes, images, columns, rows=(), heads=()):
-    """Images `(n, 1, h, w)` in [-1, 1] in a grid, with a name for each row and each column if given."""
-    height, width = images.shape[2:]
-    axes.imshow(grid(images, columns).numpy(), vmin=-1, vmax=1)
-    axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(heads))], heads)
-    axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-
-
-def save_images(path, title, images, columns, rows=(), heads=()):
-    """A picture of such a grid alone."""
-    scale = min(12, max(4, 0.8 * columns)) / columns  # inches an image
-    width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
-    figure, axes = plt.subplots(figsize=(max(7, width), height + 0.3 * bool(heads)))
-    plot_images(axes, images, columns, rows, heads)
-    figure.suptitle(title)
-    save_picture(figure, path)
-
-
 # %% 1. A convolution comes after its norm and its activation
-# A network has as many layers as it needs, and a signal must come through all of them: forwards, or the last layers
-# don't know what the picture was, and backwards, or the first ones don't learn. A shortcut, x + ..., lets it pass; but
-# an activation *behind* the sum, as in the lecture's first residual blocks, cuts it off again, block after block.
-# Put norm and activation in front of each convolution, and what leaves a block is a plain sum.
+# A signal must come through all layers of a network: forwards, or the last ones don't know what the picture was, and
+# backwards, or the first ones don't learn. A shortcut, x + ..., lets it pass; but an activation *behind* the sum, as in
+# the lecture's first residual blocks, bends it again, block after block. Put norm and activation in front of each
+# convolution, and what leaves a block is a plain sum.
 #
 # The same layers in both orders; x is `(n, c, h, w)` all the way:
 def activate_last(x, convs, norms):
@@ -132,12 +72,13 @@ def activate_first(x, convs, norms):
 
 
 def signal_through(block, x, blocks=20):
-    """x `(n, c, h, w)` and the activations after each block; and how many times as large a gradient (all numbers drawn
-    at random) is once it has come back through all of them."""
+    """x `(n, c, h, w)` and the activations after each block, new ones of 16 channels; and by what factor the norm of a
+    random gradient grows on its way back through all of them."""
     torch.manual_seed(0)
     states = [x.detach().clone().requires_grad_()]
     for _ in range(blocks):
-        convs, norms = zip(*((nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16)) for _ in range(2)), strict=True)
+        convs = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)]
+        norms = [nn.GroupNorm(4, 16) for _ in range(2)]
         states.append(block(states[-1], convs, norms))
     gradient = torch.randn_like(x)
     (arrived,) = torch.autograd.grad(states[-1], states[0], gradient)
@@ -156,21 +97,20 @@ def show_order(out):
     garments, name = load_garments("test", 32)
     torch.manual_seed(0)
     x = nn.Conv2d(1, 16, 3, padding=1)(garments).detach()  # n c h w
-    panels = [["curve"] * 4, list("abcd"), list("efgh")]
-    figure, axes = plt.subplot_mosaic(panels, figsize=(8, 7), height_ratios=[3, 2, 2])
-    left = {}
-    for order, row in ((activate_first, "abcd"), (activate_last, "efgh")):
+    shown, pictures, left = (0, 1, 2, 5, 10, 20), [], {}
+    for order in (activate_first, activate_last):
         label = order.__name__.replace("_", " ")
         states, growth = signal_through(order, x / x.std())
         left[label] = [correlation(state, x) for state in states]
         print(f"   {label}: correlation with what went in {left[label][-1]:.2f}, gradient {growth:.1f} times as large")
-        for letter, i in zip(row, (0, 1, 5, 20), strict=True):
-            axes[letter].imshow(states[i][0, 0].numpy())
-            axes[letter].set(xticks=[], yticks=[], title=f"{label}\nafter {i}" if i else f"what went in\n({name})")
-    plot_lines(axes["curve"], range(21), left, xlabel="blocks", ylabel="correlation with what went in")
-    axes["curve"].set_xticks(range(0, 21, 5))
+        pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
+    figure, (above, below) = plt.subplots(2, figsize=(8, 6), height_ratios=[2, 3])
+    plot_lines(above, range(21), left, xlabel="blocks", ylabel="correlation", xticks=range(0, 21, 5))
+    plot_images(below, torch.stack(pictures).clamp(-1, 1), len(shown), left, [f"after {i}" for i in shown])
     first, last = (values[-1] for values in left.values())
-    figure.suptitle(f"After 20 blocks {first:.2f} of the signal is left if activations come first, {last:.2f} if last")
+    figure.suptitle(
+        f"After 20 blocks the signal is left at {first:.2f} if activations come first, {last:.2f} if last ({name})"
+    )
     save_picture(figure, out / "01_order.png")
 
 
@@ -180,7 +120,7 @@ class PreActConv(nn.Module):
     """GroupNorm, SiLU, 3×3 convolution.
 
     Group norm (Wu and He 2018) treats each image alone. Batch norm, which the lecture uses, shares its statistics among
-    the images of a batch, and these have different noise levels: what it has averaged in training fits none of them.
+    the images of a batch, and these will have different noise levels: what one is told depends on how noisy others are.
     """
 
     def __init__(self, in_channels, out_channels, groups):
@@ -188,13 +128,9 @@ class PreActConv(nn.Module):
         self.norm = nn.GroupNorm(groups, in_channels)
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x, scale=None, shift=None):
-        """x: `(n, in_channels, h, w)`; scale and shift, `(n, in_channels, 1, 1)`, act on the normalized activations.
-        Returns `(n, out_channels, h, w)`."""
-        h = self.norm(x)
-        if scale is not None:  # from section 8 on
-            h = (1 + scale) * h + shift
-        return self.conv(F.silu(h))
+    def forward(self, x):
+        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
+        return self.conv(F.silu(self.norm(x)))
 
 
 def zero_(layer):
@@ -216,8 +152,8 @@ class ResBlock(nn.Module):
         zero_(self.conv2.conv)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x):
-        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
+    def forward(self, x, embedding=None):
+        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`. The embedding is for the blocks of section 8."""
         return self.shortcut(x) + self.conv2(self.conv1(x))
 
 
@@ -247,6 +183,9 @@ def show_block(out):
 # A class that keeps what it returns, whatever it computes. It computes nothing itself: `super().forward` is the next
 # `forward` in the order in which Python searches the class's ancestors. So `Saved` must be mixed in *front* of a module
 # class; behind it, the module's `forward` is found first, and `Saved` is never asked.
+#
+# (Why not a list of activations? The lecture's down path is an `nn.Sequential`, where nobody stands by to collect them.
+# In a loop of our own a list would do; the saved modules keep the path readable, and lesson 4 mixes them in again.)
 class Saved:
     """A module that keeps its output until the up path takes it."""
 
@@ -279,16 +218,17 @@ def show_saved(out):
     """3. Saved: where Python looks for forward, and what is saved"""
     for kind in (SavedConv, MixedInBehind):
         conv, x = kind(1, 4, 3), torch.randn(2, 1, 8, 8)
-        order = " -> ".join(parent.__name__ for parent in kind.__mro__[:3] if "forward" in vars(parent))
+        order = " -> ".join(parent.__name__ for parent in kind.__mro__[:3])
         same, saved = torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias)), conv.take()
         what = "nothing" if saved is None else tuple(saved.shape)
-        print(f"   {kind.__name__}: finds {order}; is a convolution: {same}; has saved {what}")
+        print(f"   {order}: runs {kind.forward.__qualname__}; is a convolution: {same}; has saved {what}")
 
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: blocks, and convolutions of stride 2, which halve height and width; so a 3×3 convolution sees ever more of the
-# garment, and costs ever less. Up: the same the other way. Beside what comes from below, each block there gets what was
-# saved at its size on the way down, one channel after the other.
+# garment. A level has a quarter of the pixels of the one above and twice the channels, so its convolutions cost about
+# the same. Up: the same the other way. Beside what comes from below, each block there gets what was saved at its size
+# on the way down, as more channels; one block more, because a level saves one activation more than it has blocks.
 def upsample(width):
     """Twice the height and width: each pixel four times, then a 3×3 convolution to smooth the steps."""
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1))
@@ -311,7 +251,7 @@ class UNet(nn.Module):
         skips = [width]
 
         self.down = nn.ModuleList()
-        for level, new_width in enumerate(widths):
+        for level, new_width in enumerate(widths):  # one turn is the lecture's down_block
             for _ in range(depth):
                 self.down.append(self.block(level, width, new_width, saved=True))
                 width = new_width
@@ -323,7 +263,7 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([self.block("middle", width, width), self.block(None, width, width)])
 
         self.up = nn.ModuleList()
-        for level, new_width in reversed(list(enumerate(widths))):
+        for level, new_width in reversed(list(enumerate(widths))):  # and its up_block
             for _ in range(depth + 1):
                 self.up.append(self.block(level, width + skips.pop(), new_width))
                 width = new_width
@@ -339,15 +279,6 @@ class UNet(nn.Module):
 
     def embed(self, time, label):
         """What each block is told beside its activations: here, nothing."""
-        return ()
-
-    def training_label(self, label, generator):
-        """The labels to train with, made of the right ones, `(n,)`: here, none."""
-
-    @classmethod
-    def from_preset(cls, preset, n_classes):
-        """The network for a `Preset`."""
-        return cls(preset.patch**2, preset.widths, preset.depth, preset.groups)
 
     def forward(self, x, time=None, label=None):
         """x and the result: `(n, channels, height, width)`; time `(n,)` float and label `(n,)` int64, where they are
@@ -355,36 +286,31 @@ class UNet(nn.Module):
         step = 2 ** (len(self.widths) - 1)
         if x.shape[2] % step or x.shape[3] % step:
             raise ValueError(f"height and width must be multiples of {step}, got {x.shape[2]} × {x.shape[3]}")
-        told = self.embed(time, label)
+        embedding = self.embed(time, label)
         try:
-            h = self.conv_in(x)
+            h = self.conv_in(x)  # n widths[0] height width
             for layer in self.down:
-                h = layer(h, *told) if isinstance(layer, ResBlock) else layer(h)
+                h = layer(h, embedding) if isinstance(layer, ResBlock) else layer(h)
         finally:  # also where memory ran out on the way
             skips = [layer.take() for layer in (self.conv_in, *self.down)]
-        for layer in self.middle:
-            h = layer(h, *told)
+        for layer in self.middle:  # n widths[-1] height/step width/step
+            h = layer(h, embedding)
         for layer in self.up:
-            h = layer(torch.cat([h, skips.pop()], dim=1), *told) if isinstance(layer, ResBlock) else layer(h)
-        return self.conv_out(h)
+            if isinstance(layer, ResBlock):
+                h = torch.cat([h, skips.pop()], dim=1)  # n (c skip) h w
+                h = layer(h, embedding)  # n c h w
+            else:
+                h = layer(h)  # n c 2h 2w
+        return self.conv_out(h)  # n channels height width
 
+    # What training (section 9) and a run (section 11) ask of a network:
+    def training_label(self, label, generator):
+        """The labels to train with, made of the right ones, `(n,)`. None: this network takes no label."""
 
-class Preset(NamedTuple):
-    widths: tuple[int, ...]  # channels of each level
-    depth: int  # residual blocks a level
-    groups: int  # of the group norms; of 16 channels each, or bfloat16 on a CPU is several times as slow in them
-    patch: int  # side of the patches that the denoiser turns into channels
-    attention_levels: tuple[int, ...]  # in lesson 4
-    head_dim: int  # channels of a head there
-    batch_size: int
-    peak: float  # learning rate for that batch size, AdamW's
-    epochs: float
-
-
-PRESETS = {
-    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 4.5),
-    "lecture": Preset((32, 64, 128, 256), 2, 8, 1, (1, 2, 3), 8, 256, 2e-3, 25),
-}
+    @classmethod
+    def from_preset(cls, preset, n_classes):
+        """The network for a `Preset`."""
+        return cls(preset.patch**2, preset.widths, preset.depth, preset.groups)
 
 
 def measure_layers(network, x):
@@ -395,20 +321,20 @@ def measure_layers(network, x):
     rows = []
 
     def note(name, layer, y):
-        operations = sum(counter.get_flop_counts()[f"{type(network).__name__}.{name}"].values()) // 2
-        rows.append((name, tuple(y.shape[1:]), sum(parameter.numel() for parameter in layer.parameters()), operations))
+        sizes = [parameter.numel() for parameter in layer.parameters()]
+        weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 4)
+        rows.append((name, tuple(y.shape[1:]), sum(sizes), weights * y[0, 0].numel()))  # each is used at each pixel
 
     for name, layer in parts.items():
         layer.register_forward_hook(lambda layer, inputs, y, name=name: note(name, layer, y))
-    with FlopCounterMode(display=False) as counter:
-        network(x)
+    network(x)
     return rows
 
 
 @lesson
 def show_layers(out):
     """4. The U-Net, layer by layer, for one image of 28 × 28 pixels, padded to 32 × 32"""
-    network = UNet.from_preset(PRESETS["lecture"], n_classes=10)
+    network = UNet(1, (32, 64, 128, 256), depth=2, groups=8)  # the lecture's size
     rows = measure_layers(network, torch.zeros(1, 1, 32, 32))
     print("                           c    h    w    parameters   multiply-adds")
     for name, shape, *counts in rows:
@@ -421,12 +347,13 @@ def show_layers(out):
 
 
 # %% 5. What the skips are for
-# At the bottom of the U, where a garment is 7 × 7 pixels, there's room for what it is, but not for where its edges run.
+# At the bottom of the U, where a garment is 7 × 7 pixels here, there's room for what it is, but not for where its edges
+# run.
 # The skips bring this back. To see it, we cut them: every saved activation arrives as zeros. Both nets have the same
 # parameters, start from the same ones, and are to take away one and the same strength of noise.
 def cut_skips(network):
     for layer in network.modules():
-        if isinstance(layer, Saved):
+        if isinstance(layer, Saved):  # whatever it takes arrives as zeros
             layer.take = lambda take=layer.take: torch.zeros_like(take())
 
 
@@ -474,10 +401,10 @@ def show_skips(out):
 
 
 # %% 6. Noise: x = x0 + sigma · noise
-# From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. 0.02 can't be seen, and
-# at 80 nothing else can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", EDM;
-# the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between it is drawing:
-# where the noise hides a garment's edge, whoever takes the noise away must invent it.
+# From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can't be
+# seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
+# Models", EDM; the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between
+# it is drawing: where the noise hides a garment's edge, whoever takes the noise away must invent it.
 def add_noise(x0, sigma, noise):
     """`(n, c, h, w)` and noise levels `(n,)` -> `(n, c, h, w)`; the noise has variance one."""
     return x0 + sigma.view(-1, 1, 1, 1) * noise
@@ -490,38 +417,39 @@ def show_noise(out):
     torch.manual_seed(0)
     sigmas = torch.logspace(math.log10(0.02), math.log10(80), 10)
     x = add_noise(garments, sigmas, torch.randn(10, *garments.shape[1:]))
+    alike = [correlation(picture[None], garments) for picture in x]
+    for sigma, picture, share in zip(sigmas, x, alike, strict=True):
+        print(
+            f"   sigma {sigma:6.2f}: pixels from {picture.min():7.1f} to {picture.max():6.1f}, correlation {share:5.2f}"
+        )
     figure, axes = plt.subplots(2, 5, figsize=(8, 4))
-    for axis, sigma, picture in zip(axes.flat, sigmas, x, strict=True):
-        alike, low, high = correlation(picture[None], garments), picture.min(), picture.max()
-        print(f"   sigma {sigma:6.2f}: pixels from {low:7.1f} to {high:6.1f}, correlation {alike:5.2f}")
+    for axis, sigma, picture, share in zip(axes.flat, sigmas, x, alike, strict=True):
         axis.imshow(picture[0].numpy())
-        axis.set(xticks=[], yticks=[], title=f"σ = {sigma:.2g}\ncorrelation {alike:.2f}")
+        axis.set(xticks=[], yticks=[], title=f"σ = {sigma:.2g}\ncorrelation {share:.2f}")
     figure.suptitle(f"A garment under more and more noise, each picture on its own scale ({name})")
     save_picture(figure, out / "06_noise.png")
 
 
 # %% 7. The denoiser: c_in, c_skip and c_out
-# Two things would make learning hard. x is 0.6 large at one end and 80 at the other, and a network likes its input to
-# be of one size. And x0, asked for directly, is the wrong question at both ends: at low noise, x is the answer but for
-# a little, and a network that has to repeat its input adds errors of its own.
+# Two things would make learning hard. The deviation of x is 0.7 at one end and 80 at the other, and a network likes its
+# input to be of one size. And x0, asked for directly, is the wrong question at both ends: at low noise, x is the answer
+# but for a little, and a network that has to repeat its input adds errors of its own.
 #
 # c_in scales x to variance one, whatever sigma is. c_skip lets x itself through, as far as it can be believed: nearly
 # all of it at low noise, nothing at high. c_out scales what the network adds, and its target has variance one, too: at
-# low noise it is the noise, at high noise the garment, in between a mix. (c_skip is chosen so that c_out, by which the
-# network's errors are multiplied, is as small as it can be.)
+# low noise it is minus the noise, at high noise the garment, in between a mix. (c_skip is chosen so that c_out, by
+# which the network's errors are multiplied, is as small as it can be.)
 #
-# "time" is how noisy x is, as lesson 1 has it. UNet takes no notice of it; section 8 mends that.
-TIME_SCALE = 1000  # ln(sigma) / 4 runs from about -1 to 1; the embedding is made for hundreds
-
-
+# "time" is how noisy x is, as lesson 1 has it. UNet takes no notice of it; section 8 mends that. And the work can be
+# done on patches: 2×2 pixels become 4 channels of one pixel, so that the network has a quarter of the pixels to go
+# over.
 class Denoiser(nn.Module):
     """A network with EDM's preconditioning (Karras et al. 2022, table 1): the network's input and its target both have
     variance one at every noise level, whatever the scale of x.
 
     network:    a UNet for images of `channels · patch²` channels.
     sigma_data: standard deviation of the training images.
-    patch:      patches of this size become channels before the network, and pixels again after it: a quarter of the
-                pixels at patch 2, and a quarter of the work.
+    patch:      side of the patches that become channels before the network, and pixels again after it.
     precision:  the network computes in this type (autocast) if given; everything around it stays as it is.
     """
 
@@ -544,9 +472,10 @@ class Denoiser(nn.Module):
     def forward(self, x, sigma, label=None):
         """x: noisy images `(n, c, h, w)`; sigma: `(n,)`, positive; label: `(n,)` or None. Returns x0_hat like x."""
         c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))
-        time = TIME_SCALE * sigma.log() / 4
+        time = noise_to_time(sigma)  # n
         with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
-            h = self.network(F.pixel_unshuffle(c_in * x, self.patch), time, label)
+            h = F.pixel_unshuffle(c_in * x, self.patch)  # n (c patch patch) h/patch w/patch
+            h = self.network(h, time, label)
         return c_skip * x + c_out * F.pixel_shuffle(h.to(x.dtype), self.patch)
 
 
@@ -578,10 +507,10 @@ def show_scales(out):
 
 
 # %% 8. Time
-# Each block is told how noisy x is: the embedding of lesson 1, ln(sigma) / 4 times a constant that spreads it over the
-# embedding's periods, goes through two layers that all blocks share, and each block makes a scale and a shift of its
-# channels of it. They act *after* the second norm; in front of it, as in the lecture, a group norm would take out again
-# what is common to a group.
+# c_in has made every x equally large, so the network can't tell by its size how noisy it is. Each block is told: lesson
+# 1's embedding of the time goes through two layers that all blocks share, and each block turns it into a scale and a
+# shift for each of its channels. They act *after* the second norm; in front of it, as in the lecture, a group norm
+# would take out again what is common to a group.
 class TimeResBlock(ResBlock):
     """A residual block that takes activations and the embedding."""
 
@@ -591,8 +520,10 @@ class TimeResBlock(ResBlock):
 
     def forward(self, x, embedding):
         """x: `(n, in_channels, h, w)`, embedding: `(n, embedding_dim)`. Returns `(n, out_channels, h, w)`."""
-        scale, shift = rearrange(self.scale_shift(F.silu(embedding)), "n (two c) -> two n c 1 1", two=2)
-        return self.shortcut(x) + self.conv2(self.conv1(x), scale, shift)
+        scale, shift = self.scale_shift(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)  # n out_channels 1 1, each
+        h = self.conv2.norm(self.conv1(x))  # n out_channels h w
+        h = (1 + scale) * h + shift
+        return self.shortcut(x) + self.conv2.conv(F.silu(h))
 
 
 class SavedTimeResBlock(Saved, TimeResBlock):
@@ -616,8 +547,8 @@ class TimeUNet(UNet):
         return block(in_channels, out_channels, self.groups, self.embedding_dim)
 
     def embed(self, time, label):
-        """The embedding, `(n, embedding_dim)`, as a tuple of one. Raises ValueError where time isn't `(n,)`."""
-        return (self.embed_time(timestep_embedding(time, self.widths[0])),)
+        """The embedding, `(n, embedding_dim)`. Raises ValueError where time isn't `(n,)`."""
+        return self.embed_time(timestep_embedding(time, self.widths[0]))
 
 
 @lesson
@@ -629,46 +560,32 @@ def show_time(out):
     print(f"   all channels times 3, plus 1: in front of the norm a change of {before:.0e}, after it of {after:.1f}")
     for kind in (UNet, TimeUNet):
         print(f"   {kind.__name__}: {sum(p.numel() for p in kind(1, (16, 32), 1, 4).parameters()):,} parameters")
-    shown = torch.tensor([0.02, 0.1, 0.5, 2, 10, 80])
-    ticks = TIME_SCALE * shown.log() / 4
-    print("   sigma" + "".join(f"{sigma:8g}" for sigma in shown))
-    print("   time " + "".join(f"{tick:8.0f}" for tick in ticks))
-    columns = timestep_embedding(torch.linspace(ticks[0], ticks[-1], 400), 64).T.numpy()
-    moving = int((columns.max(axis=1) - columns.min(axis=1) > 1).sum())
-    figure, axes = plt.subplots(figsize=(8, 4))
-    axes.imshow(columns, aspect="auto", extent=(*ticks[[0, -1]].tolist(), 63.5, -0.5), interpolation="nearest")
-    axes.set_xticks(ticks.tolist(), [f"{sigma:g}" for sigma in shown])
-    axes.set(xlabel="sigma", ylabel="column (sines above, cosines below)")
-    figure.suptitle(f"What the blocks are told: {moving} of 64 columns move by half of their range or more")
-    save_picture(figure, out / "08_time.png")
+    sigmas = torch.tensor([0.02, 0.1, 0.5, 2, 10, 80])
+    print("   sigma" + "".join(f"{sigma:8g}" for sigma in sigmas))
+    print("   time " + "".join(f"{time:8.0f}" for time in noise_to_time(sigmas)) + "   (pictures: lesson 1, section 3)")
 
 
 # %% 9. Training
-# Draw garments, draw a noise level and noise for each, and let the denoiser say what the garments were.
-#
-# How much does time help? An image shows by itself how noisy it is, unlike the single pixel of lesson 1. So we may
-# expect little; the two small nets below tell. Few of the levels they are trained at are near the ends of the scale.
+# Pick garments at random, a noise level and noise for each, and let the denoiser say what the garments were.
 def denoising_loss(denoiser, x0, sigma, noise, label=None):
-    """The squared error of x0_hat, weighted so that an untrained network's is about one at every sigma. Returns `(n,)`.
+    """The squared error of x0_hat, weighted by 1 / c_out² (Karras et al. 2022, equation 8). Returns `(n,)`.
 
-    The weight is 1 / c_out² (Karras et al. 2022, equation 8): the error of the network itself.
+    What is left is the plain squared error of the network's own output, so that no sigma outweighs the others. A new
+    network, which says 0, has a loss of 1 at low noise, and of 1 + (mean / sigma_data)² of the images at high noise.
     """
     x0_hat = denoiser(add_noise(x0, sigma, noise), sigma, label)
     _, c_out, _ = denoiser.scales(sigma)
     return (x0_hat - x0).square().mean(dim=(1, 2, 3)) / c_out**2
 
 
-P_MEAN, P_STD = -1.2, 1.2  # of ln(sigma): most training happens at the noise levels where shapes are decided
-
-
-def mix(*numbers):
-    """One seed from several whole numbers, such that similar ones give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+P_MEAN, P_STD = lesson1.LOG_SIGMA  # of ln(sigma): most training is where there's most to learn, at 0.1 to 1
 
 
 def draw_batch(images, labels, batch_size, seed, step, training_label):
-    """The step's x0, sigma, noise and label: a function of seed and step, so that a resumed run sees the same."""
-    generator = torch.Generator(images.device).manual_seed(mix(seed, step))
+    """The step's x0, sigma, noise and label: on one kind of device a function of seed and step, so that a resumed run
+    sees the same."""
+    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])  # similar pairs, unrelated seeds
+    generator = torch.Generator(images.device).manual_seed(mixed)
     on_device = {"generator": generator, "device": images.device}
     chosen = torch.randint(len(images), (batch_size,), **on_device)
     x0 = images[chosen].float() / 127.5 - 1
@@ -714,6 +631,8 @@ def schedule(step, steps):
     return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
 
+# A few early gradients are huge, and warm-up and clipping keep them from throwing the weights off. And the latest
+# weights jump about, while their mean doesn't: it is the mean that will draw.
 def train(denoiser, average, optimizers, images, labels, start, steps, batch_size, seed):
     """Train from step `start` to `steps`, and yield (step, loss) after each, the loss as a tensor on the device.
 
@@ -735,11 +654,15 @@ def train(denoiser, average, optimizers, images, labels, start, steps, batch_siz
 
 @torch.no_grad()
 def update_average(average, denoiser, step):
-    """Move the average towards the weights: it looks back over about a tenth of the steps so far, however many."""
+    """Move the average towards the weights: it looks back over about a tenth of the steps so far, however many (an
+    exponential moving average, EMA, whose window grows; Karras et al. 2024)."""
     for slow, fast in zip(average.parameters(), denoiser.parameters(), strict=True):
         slow.lerp_(fast, min(1.0, 10 / (step + 1)))
 
 
+# How much does time help? An image shows by itself how noisy it is, unlike the single pixel of lesson 1. So we may
+# expect little; the two small nets below tell. (c_in, c_skip and c_out know sigma for both: it's the network that isn't
+# told.) Few of the levels they are trained at are near the ends of the scale.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 
@@ -783,7 +706,81 @@ def show_levels(out):
     save_picture(figure, out / "09_levels.png")
 
 
-# %% 10. What is trained: a run and its checkpoint
+# %% 10. Sampling
+# From pure noise, in small steps, towards what the denoiser says. At first it says much the same for every noise:
+# something like the mean of all garments. A step goes a part of the way there, until as much noise is left as the next
+# sigma says. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
+SIGMA_MIN, SIGMA_MAX = lesson1.SIGMA_RANGE  # noise that can hardly be seen, and noise in which nothing can be seen
+
+
+def noise_levels(steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=7):
+    """`steps + 1` values from sigma_max to sigma_min, denser towards the small ones, and then 0 (Karras et al. 2022,
+    equation 5)."""
+    ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps)
+    return [*(ramp**rho).tolist(), 0.0]
+
+
+def starting_noise(seed, label, index, shape):
+    """The noise that image `index` of a class begins with, float32 of that shape: a function of these numbers alone."""
+    return torch.from_numpy(np.random.default_rng((seed, label, index)).standard_normal(shape, np.float32))
+
+
+@torch.no_grad()
+def sample(denoise, noise, sigmas, method="dpm++"):
+    """Yield each state (sigma, x, x0_hat) on the way from noise to images; the last has sigma 0 and x = x0_hat.
+
+    denoise(x, sigma) -> x0_hat, with sigma `(n,)`. noise: `(n, c, h, w)`, unit variance. sigmas: falling, from
+    `noise_levels`. method: what a step assumes on its way to the next sigma,
+    "ddim":  that x0_hat stays as it is (Song, Meng and Ermon 2021; Euler's method in sigma). Error ~ 1 / steps.
+    "dpm++": that x0_hat goes on as since the last step, linearly in ln(sigma) (Lu et al. 2022, DPM-Solver++(2M)). Error
+             ~ 1 / steps², for the same one evaluation a step.
+    "heun":  that dx / dsigma is the mean of its values at both ends (Karras et al. 2022, algorithm 1). Error
+             ~ 1 / steps², for two evaluations a step.
+    The last step, from the smallest sigma to 0, is DDIM's for all three.
+    """
+    if method not in ("ddim", "dpm++", "heun"):
+        raise ValueError(f"method must be ddim, dpm++ or heun, got {method!r}")
+    x = noise * sigmas[0]
+    x0_last = length_last = None  # of the step before: its x0_hat, and its length in ln(sigma)
+    for sigma, sigma_next in pairwise(sigmas):
+        x0_hat = denoise(x, x.new_full((len(x),), sigma))
+        yield sigma, x, x0_hat
+        ratio = sigma_next / sigma
+        target = x0_hat
+        if sigma_next > 0 and method == "dpm++":
+            length = -math.log(ratio)
+            if x0_last is not None:
+                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_last)
+            x0_last, length_last = x0_hat, length
+        if sigma_next > 0 and method == "heun":
+            guess = x0_hat + ratio * (x - x0_hat)
+            slope = (x - x0_hat) / sigma
+            slope_next = (guess - denoise(guess, x.new_full((len(x),), sigma_next))) / sigma_next
+            x = x + (sigma_next - sigma) * (slope + slope_next) / 2
+        else:
+            x = target + ratio * (x - target)
+    yield 0.0, x, x
+
+
+# %% 11. What is trained: a run and its checkpoint
+class Preset(NamedTuple):
+    widths: tuple[int, ...]  # channels of each level
+    depth: int  # residual blocks a level
+    groups: int  # of the group norms; with fewer than 16 channels in each, bfloat16 is several times as slow on a CPU
+    patch: int  # side of the patches that the denoiser turns into channels
+    attention_levels: tuple[int, ...]  # in lesson 4
+    head_dim: int  # channels of a head there
+    batch_size: int
+    peak: float  # learning rate for that batch size, AdamW's
+    epochs: float
+
+
+PRESETS = {
+    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 4.5),
+    "lecture": Preset((32, 64, 128, 256), 2, 8, 1, (1, 2, 3), 8, 256, 2e-3, 25),
+}
+
+
 class Run(NamedTuple):
     """All that the trained weights depend on."""
 
@@ -829,7 +826,8 @@ def make_denoiser(run, network_class, device, weights=None):
     network = network_class.from_preset(preset, len(run.classes))
     denoiser = Denoiser(network, run.sigma_data, preset.patch, choose_precision(device))
     try:
-        denoiser.load_state_dict(weights or denoiser.state_dict())
+        if weights:
+            denoiser.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"the checkpoint isn't of today's preset {run.preset!r}; --restart trains anew") from error
     return denoiser.to(device, memory_format=torch.channels_last)  # the order in which convolutions are fastest
@@ -851,30 +849,6 @@ def load_checkpoint(path):
         return content | {"run": Run(**content["run"])}
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
-
-
-# Small nets that are trained for seconds don't draw. So the last sections ask the network that a run of this script has
-# trained, if there is one.
-def with_trained(script, *network_classes):
-    """Make show_…(out, denoiser, run) a show_…(out), with the network in the checkpoint beside the folder out; where
-    there is none of these classes, it says in one line what is left out."""
-    classes = {network_class.__name__: network_class for network_class in network_classes}
-
-    def decorate(show):
-        @functools.wraps(show)
-        def show_trained(out):
-            checkpoint = load_checkpoint(out.parent / "checkpoint.pt")
-            if not checkpoint or checkpoint["run"].network not in classes:
-                print(f"   left out, for want of a trained network: python {script} --out {out.parent} trains one")
-                return
-            run = checkpoint["run"]
-            denoiser = make_denoiser(run, classes[run.network], choose_device("auto"), checkpoint["average"])
-            print(f"   {run.title}, {checkpoint['step']:,} of {run.steps:,} steps")
-            show(out, denoiser.eval().requires_grad_(False), run)
-
-        return show_trained
-
-    return decorate
 
 
 def choose_device(name):
@@ -899,63 +873,23 @@ def crop(images, size):
     return images[:, :, top : top + size[0], left : left + size[1]]
 
 
-# %% 11. Sampling
-# From pure noise, in small steps, towards what the denoiser says. At first it says much the same for every noise:
-# something like the mean of all garments. A step goes a part of the way there, until as much noise is left as the next
-# sigma says. The less there is, the more the denoiser sees in what's left of it, until x has become one garment.
-SIGMA_MIN, SIGMA_MAX = 0.05, 80.0  # hardly to be seen, and nothing else to be seen
-
-
-def noise_levels(steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=7):
-    """`steps + 1` values from sigma_max to sigma_min, denser towards the small ones, and then 0 (Karras et al. 2022,
-    equation 5)."""
-    ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps)
-    return [*(ramp**rho).tolist(), 0.0]
-
-
-def starting_noise(seed, label, index, shape):
-    """The noise that image `index` of a class begins with, float32 of that shape: a function of these numbers alone."""
-    return torch.from_numpy(np.random.default_rng((seed, label, index)).standard_normal(shape, np.float32))
-
-
-@torch.no_grad()
-def sample(denoise, noise, sigmas, method="dpm++"):
-    """Yield each state (sigma, x, x0_hat) on the way from noise to images; the last has sigma 0 and x = x0_hat.
-
-    denoise(x, sigma) -> x0_hat, with sigma `(n,)`. noise: `(n, c, h, w)`, unit variance. sigmas: falling, from
-    `noise_levels`. method, all three on the line or curve from x to x0_hat in terms of ln(sigma):
-    "ddim":  x keeps the direction in which x0_hat lies (Song et al. 2021; an Euler step). Error ~ 1 / steps.
-    "dpm++": the same towards an x0_hat extrapolated from this and the last (Lu et al. 2022, DPM-Solver++(2M)). Error
-             ~ 1 / steps², for the same one evaluation a step.
-    "heun":  the mean of the slopes at both ends (Karras et al. 2022, algorithm 1). Error ~ 1 / steps², two evaluations.
-    """
-    if method not in ("ddim", "dpm++", "heun"):
-        raise ValueError(f"method must be ddim, dpm++ or heun, got {method!r}")
-    x = noise * sigmas[0]
-    last = None  # the x0_hat of the step before, and that step's length in ln(sigma)
-    for sigma, sigma_next in pairwise(sigmas):
-        x0_hat = denoise(x, x.new_full((len(x),), sigma))
-        yield sigma, x, x0_hat
-        ratio = sigma_next / sigma
-        target = x0_hat
-        if sigma_next > 0 and method == "dpm++":
-            length = -math.log(ratio)
-            if last:
-                target = x0_hat + length / (2 * last[1]) * (x0_hat - last[0])
-            last = x0_hat, length
-        if sigma_next > 0 and method == "heun":
-            guess = x0_hat + ratio * (x - x0_hat)
-            slope = (x - x0_hat) / sigma
-            slope_next = (guess - denoise(guess, x.new_full((len(x),), sigma_next))) / sigma_next
-            x = x + (sigma_next - sigma) * (slope + slope_next) / 2
-        else:
-            x = target + ratio * (x - target)
-    yield 0.0, x, x
+# Small nets that are trained for seconds don't draw. So the last sections ask the network that a run has trained.
+def load_trained(lesson, script, *network_classes):
+    """The denoiser in the checkpoint of the lesson's --out, and its `Run`. Raises NotTrained where there is none of
+    these classes."""
+    out, kinds = lesson.options.out, {network_class.__name__: network_class for network_class in network_classes}
+    checkpoint = load_checkpoint(out / "checkpoint.pt")
+    if not checkpoint or checkpoint["run"].network not in kinds:
+        raise NotTrained(f"for want of a trained network: python {script} --out {out} trains one")
+    run = checkpoint["run"]
+    denoiser = make_denoiser(run, kinds[run.network], choose_device(str(lesson.options.device)), checkpoint["average"])
+    print(f"   {run.title}, {checkpoint['step']:,} of {run.steps:,} steps")
+    return denoiser.eval().requires_grad_(False), run
 
 
 def draw_noise(run, device, starts):
     """Starting noise `(n, 1, h, w)` of the padded size of a run's images; starts: (seed, label, index) of each."""
-    shape = pad(torch.empty(1, 1, *run.size), PRESETS[run.preset]).shape[1:]
+    shape = pad(torch.empty(1, 1, *run.size), PRESETS[run.preset]).shape[1:]  # 1 h w
     return torch.stack([starting_noise(*start, shape) for start in starts]).to(device)
 
 
@@ -976,9 +910,9 @@ def save_film(path, title, states, shown=4, columns=10):
 
 
 @lesson
-@with_trained("03_unet_uncond.py", UNet, TimeUNet)
-def show_sampling(out, denoiser, run):
-    """11. Sampling: one step by hand, then all"""
+def show_sampling(out):
+    """12. Sampling: one step by hand, then all"""
+    denoiser, run = load_trained(lesson, "03_unet_uncond.py", UNet, TimeUNet)
     noise = draw_noise(run, denoiser.device, [(0, 0, index) for index in range(4)])
     sigmas = noise_levels(18)
     x = sigmas[0] * noise  # n c h w: nothing but noise
@@ -993,24 +927,24 @@ def show_sampling(out, denoiser, run):
     early, late = spread(states[0][2]), spread(states[-1][2])
     title = f"The four expected garments differ by {early:.2f} at first, by {late:.2f} at the end ({run.data})"
     film = [(sigma, *(crop(part, run.size).cpu() for part in state)) for sigma, *state in states]
-    save_film(out / "11_sampling.png", title, film)
+    save_film(out / "12_sampling.png", title, film)
 
 
-# %% 12. Few steps or many
-# The path from noise to a garment is a curve, and a step follows its tangent. So the more steps, the nearer we come to
-# where the path leads. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the curve
-# itself, and is as near after fewer steps. Where the path leads, we take from 100 of its steps.
+# %% 13. Few steps or many
+# The path from noise to a garment is a curve, and DDIM's step follows its tangent. So the more steps, the nearer we
+# come to where the path leads. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the
+# bend, and is as near after fewer steps. Where the path leads, we take from 100 steps of a third method, Heun's.
 @lesson
-@with_trained("03_unet_uncond.py", UNet, TimeUNet)
-def show_few_steps(out, denoiser, run):
-    """12. Few steps or many, DDIM or DPM-Solver++(2M): distance from the end of the path"""
+def show_few_steps(out):
+    """13. Few steps or many, DDIM or DPM-Solver++(2M): distance from the end of the path"""
+    denoiser, run = load_trained(lesson, "03_unet_uncond.py", UNet, TimeUNet)
     noise = draw_noise(run, denoiser.device, [(0, 0, index) for index in range(6)])
     counts, ends = (3, 6, 12, 18, 36), {}  # ends: n 1 h w for each method and number of steps
-    for method, steps in [("dpm++", 100), *((method, steps) for method in ("ddim", "dpm++") for steps in counts)]:
+    for method, steps in [("heun", 100), *((method, steps) for method in ("ddim", "dpm++") for steps in counts)]:
         *_, (_, x, _) = sample(denoiser, noise, noise_levels(steps), method)
         ends[method, steps] = crop(x, run.size).cpu()
     off = {
-        method: [float(F.mse_loss(ends[method, steps], ends["dpm++", 100]).sqrt()) for steps in counts]
+        method: [float(F.mse_loss(ends[method, steps], ends["heun", 100]).sqrt()) for steps in counts]
         for method in ("ddim", "dpm++")
     }
     print("   steps  " + "".join(f"{steps:8}" for steps in counts))
@@ -1022,7 +956,7 @@ def show_few_steps(out, denoiser, run):
     plot_images(right, torch.cat(list(rows.values())), 6, rows)
     ratio = off["ddim"][counts.index(18)] / off["dpm++"][counts.index(18)]
     figure.suptitle(f"With 18 steps DDIM is {ratio:.1f} times as far from the end of the path as dpm++ ({run.data})")
-    save_picture(figure, out / "12_few_steps.png")
+    save_picture(figure, out / "13_few_steps.png")
 
 
 # %% Machinery: the command line
@@ -1046,7 +980,12 @@ def make_parser(script, description):
     count = number(int, 1, "a whole number from 1 up")
     parser = Parser(script, description)
     add = parser.add_argument
-    add("--data", choices=NAMES, default="auto", help="data set (%(default)s: garments where Fashion-MNIST isn't had)")
+    add(
+        "--data",
+        choices=NAMES,
+        default="auto",
+        help="data set (%(default)s: garments where Fashion-MNIST can't be had)",
+    )
     add("--data-dir", metavar="DIR", help="folder with the four IDX files, also $FASHION_MNIST_DIR")
     add("--preset", choices=PRESETS, help="network and settings (lecture on CUDA, small elsewhere)")
     add("--epochs", metavar="E", type=number(float, 1e-9, "a number above 0"), help="may be a fraction (preset's)")
@@ -1056,7 +995,12 @@ def make_parser(script, description):
     add("--restart", action="store_true", help="train anew, whatever checkpoint is there")
     add("--sample-only", action="store_true", help="draw from the checkpoint, don't train")
     add("--show", action="store_true", help="print and draw what the sections say, to lesson/ in --out; don't train")
-    add("--n", metavar="N", type=count, help="images to draw, without --class of each class (%(default)s)")
+    add(
+        "--n",
+        metavar="N",
+        type=count,
+        help="images to draw; in lesson 4 of each class, unless --class names one (%(default)s)",
+    )
     add("--steps", metavar="S", type=count, default=18, help="network evaluations for a sample (%(default)s)")
     return parser
 
@@ -1068,8 +1012,9 @@ def start(parser, main, lesson):
     try:
         options.device = choose_device(options.device)
         if options.show:
-            for show in lesson:
-                lesson.run(show, options.out)
+            lesson.options = options
+            for show in lesson.shows:
+                lesson.run(show)
         else:
             main(options)
     except (UserError, DataError) as error:
@@ -1087,12 +1032,12 @@ def stop_requests():
         requests.append(signal_number)
         signal.signal(signal_number, signal.default_int_handler)
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {kind: signal.signal(kind, request) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield requests
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 # %% Machinery: a run from beginning to end
@@ -1152,7 +1097,9 @@ def get_denoiser(options, network_class, check=lambda run: None):
 def fit(run, denoiser, average, images, labels, checkpoint, path):
     """Train, or go on training, under a progress bar; save a checkpoint now and then, at the end, and when stopped."""
     preset = PRESETS[run.preset]
-    peak = preset.peak * (run.batch_size / preset.batch_size) ** 0.5  # as the noise of a batch's gradient falls
+    peak = (
+        preset.peak * (run.batch_size / preset.batch_size) ** 0.5
+    )  # a batch's gradient is noisy by 1 / sqrt(batch_size)
     optimizers = make_optimizers(denoiser, peak)
     done, losses = 0, torch.full((run.steps,), math.nan, device=images.device)
     if checkpoint:
@@ -1202,7 +1149,7 @@ def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_s
     make_denoise(chosen): what `sample` needs for the images in that slice. starts: (seed, label, index) of each image.
     """
     noise = draw_noise(run, options.device, starts)
-    filmed = np.linspace(0, min(len(noise), batch_size) - 1, min(len(noise), 4)).round()
+    filmed = np.linspace(0, min(len(noise), batch_size) - 1, min(len(noise), 4)).round().astype(int)
     images, film = [], []
     with tqdm(total=len(noise) * options.steps, unit=" evaluations", unit_scale=True, leave=False) as bar:
         for first in range(0, len(noise), batch_size):

@@ -12,6 +12,7 @@ Running it trains the conditional model, in ten minutes on two CPU cores, and dr
 import copy
 import functools
 import importlib
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -35,6 +36,7 @@ crop = lesson3.crop
 draw = lesson3.draw
 draw_noise = lesson3.draw_noise
 get_denoiser = lesson3.get_denoiser
+load_trained = lesson3.load_trained
 make_parser = lesson3.make_parser
 noise_levels = lesson3.noise_levels
 number = lesson3.number
@@ -42,20 +44,23 @@ sample = lesson3.sample
 save_images = lesson3.save_images
 spread = lesson3.spread
 start = lesson3.start
-with_trained = lesson3.with_trained
 zero_ = lesson3.zero_
 
-lesson = lesson3.Lesson("04_unet_cond.py", __name__ == "__main__")
+lesson = lesson3.lesson1.Lesson("04_unet_cond.py", __name__ == "__main__")
 
 
 # %% 1. Attention after the residual block, and on which levels
 # What a convolution found here, every other pixel can now ask for: whether the left shoulder has a sleeve, say. So
-# attention stands after each residual block, down and up, and once in the middle; a skip is saved after it.
+# attention stands after each residual block, down and up, and once in the middle (where notebook 28 has none); a skip
+# is saved after it.
 class AttentionResBlock(TimeResBlock):
-    """A residual block followed by self-attention with `out_channels // head_dim` heads."""
+    """A residual block followed by self-attention with `out_channels / head_dim` heads. Raises ValueError where this
+    isn't a whole number."""
 
     def __init__(self, in_channels, out_channels, groups, embedding_dim, head_dim):
         super().__init__(in_channels, out_channels, groups, embedding_dim)
+        if out_channels % head_dim:
+            raise ValueError(f"head_dim must divide the {out_channels} channels that attention gets, got {head_dim}")
         self.attention = MultiHeadSelfAttention(out_channels, out_channels // head_dim, groups)
         zero_(self.attention.proj)
 
@@ -68,10 +73,10 @@ class SavedAttentionResBlock(Saved, AttentionResBlock):
     pass
 
 
-# Every pixel asks every pixel: at 32 × 32 pixels a single head has a million weights for one image. Hence the lecture
-# leaves the first level out, and its memory was the reason. A fused kernel (lesson 2, section 11) never holds the
-# weights. The time it takes still grows with the square of the pixels, though, and what it's good for grows little:
-# neighbours are for convolutions, and what is far away can be asked for where the picture is small.
+# Every pixel asks every pixel: at 32 × 32 pixels a single head has a million weights for one image. That memory is why
+# the lecture leaves the first level out. A fused kernel (lesson 2, section 11) never holds the weights, but its time
+# still grows with the square of the number of pixels. And attention is hardly missed there: neighbours are for
+# convolutions, and what is far away can be asked for on a level where the picture is small.
 def measure_levels(preset, size):
     """For each level of a preset's net, at this padded size, and one image: the side in pixels; the bytes that a
     residual block keeps for its backward pass, without and with attention; the bytes of all attention weights, were
@@ -80,14 +85,15 @@ def measure_levels(preset, size):
     embedding = torch.zeros(1, dim)
     for level, width in enumerate(preset.widths):
         side = size // preset.patch // 2**level
+        head_dim = math.gcd(width, preset.head_dim)  # which must divide the width
         blocks = [
             TimeResBlock(width, width, preset.groups, dim),
-            AttentionResBlock(width, width, preset.groups, dim, preset.head_dim),
+            AttentionResBlock(width, width, preset.groups, dim, head_dim),
         ]
         for block in blocks:
             block.forward = lambda x, forward=block.forward: forward(x, embedding)
         x = torch.randn(1, width, side, side)
-        weights = 4 * (width // preset.head_dim) * side**4
+        weights = 4 * (width // head_dim) * side**4
         kept = [measure_kept(block, x) for block in blocks]
         yield side, *kept, weights, *measure_seconds(blocks, x, enough=0.3)
 
@@ -124,8 +130,8 @@ def show_balance(out):
 
 
 # %% 2. The label
-# What is a label to a network? One more row of numbers to learn for each class, added to the embedding of time, so that
-# every block hears of it in its scale and shift.
+# What is a label to a network? Each class has a row of numbers, which is learned. It is added to the embedding of time,
+# so that every block hears of it in its scale and shift.
 class CondUNet(TimeUNet):
     """The U-Net with attention and a class label.
 
@@ -149,10 +155,9 @@ class CondUNet(TimeUNet):
 
     def embed(self, time, label=None):
         """As in TimeUNet, plus the label's embedding; None is "no label" for every image."""
-        (embedding,) = super().embed(time, label)
         if label is None:
-            label = torch.full((len(embedding),), self.n_classes, device=embedding.device)
-        return (embedding + self.embed_label(label),)
+            label = torch.full((len(time),), self.n_classes, device=time.device)
+        return super().embed(time, label) + self.embed_label(label)
 
     @classmethod
     def from_preset(cls, preset, n_classes):
@@ -165,20 +170,20 @@ class CondUNet(TimeUNet):
         return label.masked_fill(dropped, self.n_classes)
 
 
-def draw_garments(denoise, noise, run, steps=18):
-    """The garments `(n, 1, h, w)` in [-1, 1] at the end of the path from this noise."""
-    *_, (_, x, _) = sample(denoise, noise, noise_levels(steps))
+def draw_garments(denoise, noise, run):
+    """The garments `(n, 1, h, w)` in [-1, 1] at the end of the path from this noise, in 18 steps."""
+    *_, (_, x, _) = sample(denoise, noise, noise_levels(18))
     return crop(x, run.size).clamp(-1, 1).cpu()
 
 
 @lesson
-@with_trained("04_unet_cond.py", CondUNet)
-def show_labels(out, denoiser, run):
+def show_labels(out):
     """2. The label: the same noise, every class"""
+    denoiser, run = load_trained(lesson, "04_unet_cond.py", CondUNet)
     n, rows = len(run.classes), 4
     noise = draw_noise(run, denoiser.device, [(0, 0, row) for row in range(rows)]).repeat_interleave(n, dim=0)
     label = torch.arange(n, device=noise.device).repeat(rows)
-    images = draw_garments(lambda x, sigma: denoiser(x, sigma, label), noise, run)
+    images = draw_garments(lambda x, sigma: denoiser(x, sigma, label), noise, run)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
     by_label, by_noise = spread(table.transpose(0, 1)), spread(table)
     print(f"   a pixel's deviation: {by_label:.2f} among labels, same noise; {by_noise:.2f} among noises, same label")
@@ -187,11 +192,13 @@ def show_labels(out, denoiser, run):
     save_images(out / "02_labels.png", title, images, n, [f"noise {row}" for row in range(rows)], heads)
 
 
-# %% 3. Guidance (Ho and Salimans 2022)
+# %% 3. Guidance
 # A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
-# label and with it, are two points, and guidance goes on along the line through them. A little of it gives clearer
-# garments of the class, and fewer odd ones. Much of it overdoes what makes the class: more and more pixels are as black
-# or as white as they can be. (It is said to make the garments of a class alike, too: the numbers tell how far it does.)
+# label and with it, are two points, and guidance (classifier-free guidance, Ho and Salimans 2022) goes on along the
+# line through them. (As x0_hat is x less the predicted noise, it's the same line for the noise, which papers speak of.
+# What is w here is called guidance_scale = 1 + w in most software.) A little of it gives clearer garments of the class,
+# and fewer odd ones. Much of it overdoes what makes the class: more and more pixels are as black or as white as they
+# can be. (It is said to make the garments of a class alike, too: the numbers tell how far it does.)
 def guide(denoiser, label, guidance):
     """denoise(x, sigma) for `sample`: x0(label) + guidance · (x0(label) - x0(no label)), in one batched call.
 
@@ -210,20 +217,16 @@ def guide(denoiser, label, guidance):
 
 
 @lesson
-@with_trained("04_unet_cond.py", CondUNet)
-def show_guidance(out, denoiser, run):
+def show_guidance(out):
     """3. Guidance: a line through two predictions"""
+    denoiser, run = load_trained(lesson, "04_unet_cond.py", CondUNet)
     n = len(run.classes)
     label = torch.arange(n, device=denoiser.device)
     noise = draw_noise(run, denoiser.device, [(0, int(i), 0) for i in label])
     x, sigma = 3 * noise, torch.full((n,), 3.0, device=noise.device)
     line = {f"guidance {w:g}": guide(denoiser, label, w)(x, sigma) for w in (-1, 0, 0.5, 1, 3)}
-    without, with_label = list(line.values())[:2]
-    direction = with_label - without
-    for name, point in line.items():
-        along = ((point - without) * direction).sum() / direction.square().sum()
-        off = (point - without - along * direction).norm() / direction.norm()
-        print(f"   {name}: at {along:5.2f} on the line from no label (0) to the label (1), beside it by {off:.0e}")
+    away = [f"{(point - line['guidance 0']).square().mean().sqrt():.2f}" for point in line.values()]
+    print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from what the label says by itself")
     rows, names = [crop(point, run.size).cpu() for point in line.values()], ["no label", "label", *list(line)[2:]]
     title = f"One step at sigma 3: from no label to the label, and on along the same line ({run.data})"
     save_images(out / "03_line.png", title, torch.cat(rows), n, names)
@@ -235,9 +238,7 @@ def show_guidance(out, denoiser, run):
         rows[f"guidance {w:g}"] = images[:n]
         apart = spread(images.unflatten(0, (2, n)))
         limits.append(float((images.abs() > 0.99).float().mean()))
-        print(
-            f"   garments, guidance {w:g}: {limits[-1]:.0%} of pixels black or white; two of a class {apart:.2f} apart"
-        )
+        print(f"   guidance {w:g}: {limits[-1]:.0%} of pixels black or white; two of a class {apart:.2f} apart")
     title = f"Without guidance {limits[0]:.0%} of all pixels are black or white, with guidance 3 {limits[-1]:.0%}"
     save_images(out / "03_guidance.png", f"{title} ({run.data})", torch.cat(list(rows.values())), n, rows)
 
@@ -255,9 +256,9 @@ def blend(denoiser, one, other, steps):
 
 
 @lesson
-@with_trained("04_unet_cond.py", CondUNet)
-def show_blend(out, denoiser, run):
+def show_blend(out):
     """4. From one class to another, through the embedding"""
+    denoiser, run = load_trained(lesson, "04_unet_cond.py", CondUNet)
     n, steps = len(run.classes), 9
     pairs = [(one % n, other % n) for one, other in ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6))]
     names = [f"{run.classes[one]} to\n{run.classes[other]}" for one, other in pairs]
@@ -286,9 +287,9 @@ def catch_weights(layer, denoise, x, sigma):
 
 
 @lesson
-@with_trained("04_unet_cond.py", CondUNet)
-def show_look(out, denoiser, run):
+def show_look(out):
     """5. Where a pixel looks: in the last attention on the way up, by head and noise level"""
+    denoiser, run = load_trained(lesson, "04_unet_cond.py", CondUNet)
     label = torch.tensor([len(run.classes) - 1], device=denoiser.device)
     denoise = guide(denoiser, label, 0)
     layer = [block for block in denoiser.network.up if isinstance(block, AttentionResBlock)][-1].attention
@@ -299,62 +300,63 @@ def show_look(out, denoiser, run):
     figure, axes = plt.subplots(3, 1 + heads, figsize=(8, 5.6))
     for row, (sigma, x, x0_hat) in zip(axes, shown, strict=True):
         weights = catch_weights(layer, denoise, x, torch.full((1,), sigma, device=x.device))[0, :heads].cpu()
-        tokens = round(weights.shape[1] ** 0.5)
-        y, x_place = round(0.6 * tokens), round(0.3 * tokens)
-        looks = weights[:, y * tokens + x_place].unflatten(1, (tokens, tokens))  # heads h w
-        rows, columns = torch.arange(tokens)[:, None] - y, torch.arange(tokens) - x_place
+        places = round(weights.shape[1] ** 0.5)  # in a row and in a column: garments are square
+        y, x_place = round(0.6 * places), round(0.3 * places)
+        looks = weights[:, y * places + x_place].unflatten(1, (places, places))  # heads h w
+        rows, columns = torch.arange(places)[:, None] - y, torch.arange(places) - x_place
         far = looks[:, (rows**2 + columns**2) > 4].sum(dim=1)
         print(
-            f"   sigma {sigma:6.2f}: weight more than two tokens away, by head: " + ", ".join(f"{f:.0%}" for f in far)
+            f"   sigma {sigma:6.2f}: weight more than two places away, by head: " + ", ".join(f"{f:.0%}" for f in far)
         )
         plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
-        scale = side / tokens
+        scale = side / places
         row[0].plot(scale * (x_place + 0.5) - 0.5, scale * (y + 0.5) - 0.5, "s", color="white", markerfacecolor="none")
         for axis, look, share in zip(row[1:], looks, far, strict=True):
             plot_image(axis, look, f"{share:.0%} far away", cmap="gray_r", vmin=0)
             axis.plot(x_place, y, "s", color="tab:orange", markerfacecolor="none")
     for head, axis in enumerate(axes[-1, 1:]):
         axis.set_xlabel(f"head {head + 1}")
-    figure.suptitle(
-        f"Which of {tokens} × {tokens} places the marked one hears: it depends on head and noise ({run.data})"
-    )
+    heard = f"Which of {places} × {places} places the marked one hears"
+    figure.suptitle(f"{heard}: it depends on head and noise ({run.data})")
     save_picture(figure, out / "05_look.png")
 
 
 # %% Lesson 4 as a command
-def find_class(text, classes):
-    """The number of a class from its name or number. Raises UserError where there is no such class."""
+def find_classes(text, classes):
+    """The numbers of the classes to draw, from a name or number, or of all for None. Raises UserError where there is
+    none."""
     names = [name.lower() for name in classes]
+    if text is None:
+        return list(range(len(classes)))
     if text.lower() in names:
-        return names.index(text.lower())
+        return [names.index(text.lower())]
     if text.isdecimal() and int(text) < len(classes):
-        return int(text)
+        return [int(text)]
     raise UserError(f"--class {text}: must be one of {', '.join(classes)}, or a number from 0 to {len(classes) - 1}")
 
 
 def main(options):
-    def find_wanted(run):
-        return range(len(run.classes)) if options.only is None else [find_class(options.only, run.classes)]
-
-    denoiser, run = get_denoiser(options, CondUNet, check=find_wanted)
-    wanted = find_wanted(run)
+    denoiser, run = get_denoiser(options, CondUNet, check=lambda run: find_classes(options.only, run.classes))
+    wanted = find_classes(options.only, run.classes)
     starts = [(options.seed, number, index) for number in wanted for index in range(options.n)]
     label = torch.tensor([number for _, number, _ in starts], device=options.device)
     title = f"{run.title}, {options.steps} steps, guidance {options.guidance:g}"
-
-    def make_denoise(chosen):
-        return guide(denoiser, label[chosen], options.guidance)
-
-    if options.only is None:
-        draw(make_denoise, starts, run, options, title, rows=run.classes, columns=options.n)
-    else:
-        draw(make_denoise, starts, run, options, f"{run.classes[wanted[0]]}: {title}", columns=8)
+    layout = {"rows": run.classes, "columns": options.n}
+    if options.only is not None:
+        title, layout = f"{run.classes[wanted[0]]}: {title}", {"columns": 8}
+    draw(lambda chosen: guide(denoiser, label[chosen], options.guidance), starts, run, options, title, **layout)
 
 
 if __name__ == "__main__":
     parser = make_parser("04_unet_cond.py", __doc__)
     parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="draw this class only (all)")
     guidance = number(float, -100, "a number from -100 up")
-    parser.add_argument("--guidance", metavar="W", type=guidance, default=0.5, help="(%(default)s)")
+    parser.add_argument(
+        "--guidance",
+        metavar="W",
+        type=guidance,
+        default=0.5,
+        help="how strongly the label guides: 0 is the label as it is, -1 none (%(default)s)",
+    )
     parser.set_defaults(n=10)
     start(parser, main, lesson)

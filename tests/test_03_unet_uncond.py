@@ -1,5 +1,6 @@
 """Lesson 3: the U-Net and its parts, the denoiser, the samplers against closed forms, training."""
 
+import argparse
 import copy
 import importlib
 import math
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def noisy(n, channels, height, width):
@@ -257,12 +259,6 @@ def test_noise_levels_fall_from_end_to_end(lesson3):
         assert steps == 1 or sigmas[-2] == pytest.approx(lesson3.SIGMA_MIN)
 
 
-def test_lesson_1_speaks_of_the_noise_of_this_lesson(lesson3):
-    assert lesson3.lesson1.SIGMA_RANGE == (lesson3.SIGMA_MIN, lesson3.SIGMA_MAX)
-    assert lesson3.lesson1.LOG_SIGMA == (lesson3.P_MEAN, lesson3.P_STD)
-    assert lesson3.lesson1.TIME_SCALE == lesson3.TIME_SCALE
-
-
 def test_an_unknown_sampler_is_refused(lesson3):
     with pytest.raises(ValueError, match="ddim"):
         next(lesson3.sample(lambda x, sigma: x, torch.zeros(1, 1, 2, 2), [1.0, 0.0], "euler"))
@@ -387,7 +383,7 @@ def test_the_average_follows_and_is_smoother(lesson3):
 # Pictures
 def test_grid_puts_images_row_by_row(lesson3):
     images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 2, 3) / 10
-    picture = lesson3.grid(images, 3)
+    picture = lesson3.lesson1.grid(images, 3)
     assert picture.shape == (4, 9)
     np.testing.assert_allclose(picture[::2, ::3], [[0, 0.1, 0.2], [0.3, 0.4, -1]], rtol=1e-6)
 
@@ -445,14 +441,17 @@ def test_saved_must_stand_in_front(lesson3):
 
 
 def test_layers_are_counted_right(lesson3):
-    network = lesson3.UNet(1, (8, 16), 1, 4)
-    rows = {name: counts for name, *counts in lesson3.measure_layers(network, noisy(1, 1, 8, 8))}
+    network, x = lesson3.UNet(1, (8, 16), 1, 4), noisy(1, 1, 8, 8)
+    rows = {name: counts for name, *counts in lesson3.measure_layers(network, x)}
     path = ["down.0", "down.1", "down.2", "middle.0", "middle.1", *(f"up.{i}" for i in range(5))]
     assert list(rows) == ["conv_in", *path, "conv_out"]
     assert sum(parameters for _, parameters, _ in rows.values()) == sum(p.numel() for p in network.parameters())
     assert rows["conv_in"] == [(8, 8, 8), 8 * 9 + 8, 9 * 8 * 64]
     assert rows["down.1"] == [(8, 4, 4), 8 * 8 * 9 + 8, 8 * 8 * 9 * 16]
     assert rows["down.2"][2] == (8 * 16 * 9 + 16 * 16 * 9 + 8 * 16) * 16  # two convolutions and the shortcut
+    with FlopCounterMode(display=False) as counter:
+        network(x)
+    assert sum(operations for *_, operations in rows.values()) == counter.get_total_flops() // 2
 
 
 def test_skips_help(lesson3):
@@ -471,8 +470,12 @@ def test_cut_skips_arrive_as_zeros(lesson3, time_unet):
 
 def test_the_loss_by_level_is_one_for_a_silent_network(lesson3):
     denoiser = lesson3.Denoiser(lesson3.UNet(4, (8,), 1, 4), 1.0, patch=2)
-    losses = lesson3.loss_by_level(denoiser, torch.randn(64, 1, 16, 16))
+    images = torch.randn(64, 1, 16, 16)
+    losses = lesson3.loss_by_level(denoiser, images)
     assert losses == pytest.approx([1] * len(lesson3.LEVELS), abs=0.05)
+    low, high = lesson3.loss_by_level(denoiser, images - 0.5, levels=(0.01, 80))  # the mean counts where noise is high
+    assert low == pytest.approx(1, abs=0.05)
+    assert high == pytest.approx(1.25, abs=0.05)
 
 
 @pytest.fixture
@@ -483,27 +486,30 @@ def tiny(lesson3, monkeypatch):
     return lesson3.Run("TimeUNet", "small", 0.01, 8, 0, "garments", 100, tuple("0123456789"), (28, 28), 0.65)
 
 
-def test_sections_that_need_a_trained_network_ask_the_checkpoint(lesson3, tiny, tmp_path, capsys):
-    (tmp_path / "lesson").mkdir()
-    shown = []
-    show = lesson3.with_trained("03_unet_uncond.py", lesson3.TimeUNet)(lambda out, *rest: shown.append(rest))
-    show(tmp_path / "lesson")
-    (line,) = capsys.readouterr().out.splitlines()
-    assert f"python 03_unet_uncond.py --out {tmp_path}" in line
+def test_sections_that_need_a_trained_network_ask_the_checkpoint(lesson3, tiny, tmp_path, monkeypatch, capsys):
+    options = argparse.Namespace(out=tmp_path, data="garments", data_dir=None, device="cpu")
+    monkeypatch.setattr(lesson3.lesson, "options", options)
+    sections = (lesson3.show_sampling, lesson3.show_few_steps)
+    for section in sections:
+        lesson3.lesson.run(section)
+    assert capsys.readouterr().out.count(f"python 03_unet_uncond.py --out {tmp_path}") == 2
     weights = lesson3.make_denoiser(tiny._replace(seed=1), lesson3.TimeUNet, torch.device("cpu")).state_dict()
     content = {"run": tiny._asdict(), "step": 1, "average": weights}
     lesson3.save_checkpoint(tmp_path / "checkpoint.pt", content)
-    show(tmp_path / "lesson")
-    ((denoiser, run),) = shown
+    denoiser, run = lesson3.load_trained(lesson3.lesson, "03_unet_uncond.py", lesson3.TimeUNet)
     assert run == tiny
     for name, weight in denoiser.state_dict().items():
         torch.testing.assert_close(weight.cpu(), weights[name])
-    for section in (lesson3.show_sampling, lesson3.show_few_steps):
-        section(tmp_path / "lesson")
-    assert "largest difference: 0\n" in capsys.readouterr().out
+    with pytest.raises(lesson3.NotTrained):
+        lesson3.load_trained(lesson3.lesson, "04_unet_cond.py", lesson3.UNet)
+    for section in sections:
+        lesson3.lesson.run(section)
+    printed = capsys.readouterr().out
+    assert "left out" not in printed
+    assert "largest difference: 0\n" in printed
     lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(widths=(16, 16))
     with pytest.raises(lesson3.UserError, match="--restart"):
-        show(tmp_path / "lesson")
+        lesson3.load_trained(lesson3.lesson, "03_unet_uncond.py", lesson3.TimeUNet)
 
 
 def run_cells(script, folder, changes, monkeypatch):
@@ -536,12 +542,12 @@ def test_every_cell_runs_in_order_and_draws(tmp_path, monkeypatch, capsys):
     namespace = run_cells("03_unet_uncond.py", tmp_path, changes, monkeypatch)
     printed = capsys.readouterr().out
     titles = re.findall(r"^(\d+)\. ", printed, flags=re.MULTILINE)
-    assert titles == [str(number) for number in range(1, 13) if number != 10]  # which is about files
+    assert titles == [str(number) for number in range(1, 14) if number not in (10, 11)]  # which define what 12 shows
     assert printed.count("left out") == 2  # the sections that need what the last cell trains
     out = tmp_path / "runs" / "03_unet_uncond"
     assert (out / "checkpoint.pt").exists()
-    for show in namespace["lesson"][-2:]:
-        namespace["lesson"].run(show, out)
+    for show in namespace["lesson"].shows[-2:]:
+        namespace["lesson"].run(show)
     assert "left out" not in capsys.readouterr().out
     pictures = sorted((out / "lesson").iterdir())
-    assert [path.stem[:2] for path in pictures] == ["01", "05", "06", "07", "08", "09", "11", "12"]
+    assert [path.stem[:2] for path in pictures] == ["01", "05", "06", "07", "09", "12", "13"]

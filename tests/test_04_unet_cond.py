@@ -132,7 +132,7 @@ def test_guidance_is_a_line_through_two_predictions(lesson3, lesson4, cond_unet,
 def test_a_class_is_found_by_name_or_number(lesson4, text, expected):
     from data.fashion_mnist import CLASSES
 
-    assert lesson4.find_class(text, CLASSES) == expected
+    assert lesson4.find_classes(text, CLASSES) == [expected]
 
 
 @pytest.mark.parametrize("text", ["10", "-1", "boot", "", "1.5", "²"])
@@ -140,11 +140,20 @@ def test_another_class_is_refused_with_what_is_accepted(lesson4, lesson3, text):
     from data.fashion_mnist import CLASSES
 
     with pytest.raises(lesson3.UserError, match=r"T-shirt/top, .*, Ankle boot, or a number from 0 to 9"):
-        lesson4.find_class(text, CLASSES)
+        lesson4.find_classes(text, CLASSES)
 
 
 def test_where_classes_are_numbers_a_number_is_a_name(lesson4):
-    assert lesson4.find_class("3", ("0", "1", "2", "3")) == 3
+    assert lesson4.find_classes("3", ("0", "1", "2", "3")) == [3]
+
+
+def test_without_a_class_all_are_drawn(lesson4):
+    assert lesson4.find_classes(None, ("a", "b", "c")) == [0, 1, 2]
+
+
+def test_heads_of_another_size_are_refused(lesson4):
+    with pytest.raises(ValueError, match="head_dim must divide the 12 channels"):
+        lesson4.AttentionResBlock(8, 12, 4, 16, head_dim=8)
 
 
 # The lesson's claims
@@ -194,11 +203,12 @@ def test_every_cell_runs_in_order_and_draws(lesson3, tmp_path, monkeypatch, caps
     namespace = run_cells("04_unet_cond.py", tmp_path, {}, monkeypatch)
     assert capsys.readouterr().out.count("left out") == 4  # the sections that need what the last cell trains
     out = tmp_path / "runs" / "04_unet_cond"
-    for show in namespace["lesson"]:
-        namespace["lesson"].run(show, out)
+    for show in namespace["lesson"].shows:
+        namespace["lesson"].run(show)
     printed = capsys.readouterr().out
     assert re.findall(r"^(\d)\. ", printed, flags=re.MULTILINE) == list("12345")
-    for guidance in (-1, 0, 0.5, 1, 3):
-        assert f"guidance {guidance:g}: at {guidance + 1:5.2f} on the line" in printed
+    (away,) = re.findall(r"at sigma 3: (.*) away", printed)
+    away = [float(number) for number in away.split(", ")]
+    assert away == pytest.approx([away[3] * abs(w) for w in (-1, 0, 0.5, 1, 3)], abs=0.02)
     names = ["01_balance", "02_labels", "03_guidance", "03_line", "04_blend", "05_look"]
     assert sorted(path.stem for path in (out / "lesson").iterdir()) == names
