@@ -58,6 +58,7 @@ def load_denoiser(path, device):
     if run.network not in NETWORKS or run.preset not in lesson3.PRESETS:
         raise UserError(f"{path}: not a network of these lessons, or of another version of them")
     denoiser = lesson3.make_denoiser(run, NETWORKS[run.network], device, checkpoint["average"])
+    print(f"network   {run.title}, after {checkpoint['step']:,} of {run.steps:,} steps")
     return denoiser.eval().requires_grad_(False), run
 
 
@@ -237,6 +238,8 @@ def measure_copies(path, images, baselines, train, test, device):
 # %% The measurement of one checkpoint
 def measure(options, denoiser, run, train, test, panel):
     """All figures of one checkpoint, with the settings of the command line."""
+    told = "" if options.guidance is None else f", guidance {options.guidance:g}"
+    print(f"samples   {options.n:,} with {options.method}, {options.steps} evaluations each{told}")
     images, labels = draw_samples(denoiser, run, options.n, options.steps, options.guidance, options.method)
     baselines = Baselines(train, options.n)
     sets = {
@@ -247,11 +250,11 @@ def measure(options, denoiser, run, train, test, panel):
     print(f"\ndistances of {len(images):,} each to the {len(test.images):,} test images (kernel: times 1000)")
     for judge in panel.judges:
         print(f"{f'judge {judge!r}':26}{'plain features':>26}{'standardised features':>26}")
-        print(" " * 26 + COLUMNS * 2 + (f"{'right class':>13}" if run.network == "CondUNet" else ""))
+        print(" " * 26 + COLUMNS * 2 + ("" if labels is None else f"{'right class':>13}"))
         for name, verdicts in sets.items():
             distances, _, right = verdicts[judge]
             cells = "{:12,.3f}{:14,.3f}{:12,.3f}{:14,.3f}".format(*distances)
-            print(f"{name:26}{cells}{show_right(right) if labels is not None else ''}")
+            print(f"{name:26}{cells}{'' if labels is None else show_right(right)}")
     if labels is not None:
         tables, n_classes = {}, len(run.classes)  # the judges have seen the training images, so test images, too
         for judge in panel.judges:
@@ -414,8 +417,9 @@ def start(options):
     if options.guidance is None and (options.ladder or run.network == "CondUNet"):
         options.guidance = 0.5
     train, test = (data.load("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
-    for name in {train.name, train.name if options.ladder else run.data} - {"Fashion-MNIST"}:
-        raise UserError(f"the judges know Fashion-MNIST, and not {name}")
+    unknown = {train.name, train.name if options.ladder else run.data} - {"Fashion-MNIST"}
+    if unknown:
+        raise UserError(f"the judges know Fashion-MNIST, and not {', '.join(unknown)}")
     options.out = options.out or (ROOT / "runs" / "ladder" if options.ladder else options.checkpoint.parent / "quality")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -425,10 +429,6 @@ def start(options):
     if options.ladder:
         climb(options, train, panel)
         return
-    print(
-        f"samples   {run.title}: {options.method}, {options.steps} evaluations a sample"
-        + ("" if options.guidance is None else f", guidance {options.guidance:g}")
-    )
     if options.sweep:
         sweep(options, denoiser, run, train, panel)
     else:
