@@ -26,6 +26,7 @@ from reference_numpy.diffusion import (
 )
 from reference_numpy.embedding import timestep_embedding
 from reference_numpy.frechet import frechet_distance
+from reference_numpy.kernel import kernel_distance
 from reference_numpy.layers import (
     convolution,
     group_norm,
@@ -47,6 +48,7 @@ __all__ = [
     "gelu",
     "group_norm",
     "guide",
+    "kernel_distance",
     "layer_norm",
     "linear",
     "multi_head_attention",

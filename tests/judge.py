@@ -1,18 +1,23 @@
-"""The judge: a small classifier of garments, whose features measure how good drawn garments are.
+"""The judges: two small classifiers of garments, whose features measure how good drawn garments are.
 
-It is trained once, in about ten minutes on two CPU cores, and kept under runs/judge/. Distances between sets of images
-are taken between their pooled features (Heusel et al. 2017, with this network in the place of Inception, which was made
-for photographs).
+Distances between sets of images are taken between a judge's pooled features (Heusel et al. 2017, with this network in
+the place of Inception, which was made for photographs). They depend on the judge: what both say can be relied on. Each
+is trained once, on the official training images, in about ten minutes on two CPU cores, and kept under runs/judge/.
 """
 
+import pickle
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
-KEPT = Path(__file__).parent.parent / "runs" / "judge" / "judge.pt"
+KEPT = Path(__file__).resolve().parent.parent / "runs" / "judge"
+
+
+class JudgeError(Exception):
+    """A judge that is kept can't be used; the message is one line that says what would help."""
 
 
 class Block(nn.Module):
@@ -33,19 +38,38 @@ class Block(nn.Module):
         return F.relu(self.shortcut(x) + self.branch(x))
 
 
-class Judge(nn.Module):
-    """Five residual blocks, 32 to 256 channels, 256 pooled features, ten classes."""
+def residual():
+    """Five residual blocks, 32 to 256 channels (after He et al. 2015)."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        Block(32, 32, 1),
+        Block(32, 64, 2),
+        Block(64, 128, 2),
+        Block(128, 256, 2),
+        Block(256, 256, 1),
+    )
 
-    def __init__(self, n_classes=10):
+
+def plain():
+    """Five convolutions, 32 to 256 channels, maxima, no shortcuts (after Simonyan and Zisserman 2014, "VGG")."""
+
+    def layer(in_channels, out_channels):
+        convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+    halve = nn.MaxPool2d(2)
+    return nn.Sequential(layer(1, 32), halve, layer(32, 64), layer(64, 64), halve, layer(64, 128), layer(128, 256))
+
+
+ARCHITECTURES = {"residual": residual, "plain": plain}
+
+
+class Judge(nn.Module):
+    """256 pooled features of one of the two architectures, and ten classes."""
+
+    def __init__(self, name, n_classes=10):
         super().__init__()
-        self.blocks = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1, bias=False),
-            Block(32, 32, 1),
-            Block(32, 64, 2),
-            Block(64, 128, 2),
-            Block(128, 256, 2),
-            Block(256, 256, 1),
-        )
+        self.blocks = ARCHITECTURES[name]()
         self.classify = nn.Linear(256, n_classes)
 
     def features(self, x):
@@ -68,41 +92,49 @@ def to_range(images):
     return images[:, None] / 127.5 - 1
 
 
-def train(judge, images, labels, epochs=10, batch_size=128, rate=2e-3, seed=0):
-    """images: uint8 (n, 28, 28), labels: int64 (n,), both tensors. Returns the judge, which is changed in place."""
+def train(judge, name, images, labels, epochs=10, batch_size=128, rate=2e-3, seed=0):
+    """images: uint8 (n, 28, 28), labels: int64 (n,), both tensors where the judge is. It is changed in place."""
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(judge.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     judge.train().to(memory_format=torch.channels_last)
-    for _ in trange(epochs, desc="training the judge", unit="epoch"):
-        order = torch.randperm(len(images), generator=generator)
+    for _ in trange(epochs, desc=f"training the judge {name!r}", unit="epoch"):
+        order = torch.randperm(len(images), generator=generator).to(images.device)
         for chosen in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
             x = augment(to_range(images[chosen]), generator)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(x.device.type, dtype=torch.bfloat16):
                 loss = F.cross_entropy(judge(x), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return judge.eval()
 
 
-def get_judge(images, labels):
-    """The judge that is kept under runs/; where there is none, one is trained on these images and kept."""
-    torch.manual_seed(0)
-    judge = Judge()
-    if KEPT.exists():
-        judge.load_state_dict(torch.load(KEPT, weights_only=True))
+def get_judge(name, images, labels):
+    """The judge of that name that is kept under runs/; where there is none, one is trained on these images and kept.
+
+    images and labels as for `train`; the judge comes to their device. Raises JudgeError where the file is broken.
+    """
+    path, seed = KEPT / f"{name}.pt", list(ARCHITECTURES).index(name)
+    torch.manual_seed(seed)
+    judge = Judge(name).to(images.device)
+    if path.exists():
+        try:
+            judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise JudgeError(f"{path}: damaged, or of another version; delete it, and one is trained anew") from error
     else:
-        train(judge, images, labels)
-        KEPT.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(judge.state_dict(), KEPT)
+        train(judge, name, images, labels, seed=seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(judge.state_dict(), path)
     return judge.eval()
 
 
 @torch.no_grad()
 def look(judge, images, batch_size=500):
-    """Features (n, 256) and class (n,) of float32 images (n, 1, 28, 28) in [-1, 1]."""
-    features = torch.cat([judge.features(batch) for batch in images.split(batch_size)])
-    return features, judge.classify(features).argmax(dim=1)
+    """Features (n, 256) and class (n,) of float32 images (n, 1, 28, 28) in [-1, 1], both on the CPU."""
+    device = judge.classify.weight.device
+    batches = tqdm(images.split(batch_size), desc="judging", leave=False, disable=None)
+    features = torch.cat([judge.features(batch.to(device)) for batch in batches])
+    return features.cpu(), judge.classify(features).argmax(dim=1).cpu()
