@@ -12,7 +12,9 @@ import argparse
 import copy
 import functools
 import importlib
+import io
 import math
+import os
 import pickle
 import shlex
 import signal
@@ -26,6 +28,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
@@ -666,15 +669,18 @@ def mix(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def draw_batch(images, labels, batch_size, seed, step, training_label):
-    """The step's x0, sigma, noise and label: a function of seed and step, so that a resumed run sees the same."""
+def draw_batch(images, labels, batch_size, seed, step, training_label, share=slice(None)):
+    """The step's x0, sigma, noise and label: a function of seed and step, so that a resumed run sees the same.
+
+    share: the part of the batch to return; each of several processes has its own."""
     generator = torch.Generator(images.device).manual_seed(mix(seed, step))
     on_device = {"generator": generator, "device": images.device}
     chosen = torch.randint(len(images), (batch_size,), **on_device)
     x0 = images[chosen].float() / 127.5 - 1
     sigma = (P_MEAN + P_STD * torch.randn(batch_size, **on_device)).exp()
     noise = torch.randn(x0.shape, **on_device)
-    return x0, sigma, noise, training_label(labels[chosen], generator)
+    batch = x0, sigma, noise, training_label(labels[chosen], generator)
+    return [part if part is None else part[share] for part in batch]
 
 
 def learning_rate(step, steps, peak):
@@ -683,14 +689,15 @@ def learning_rate(step, steps, peak):
     return peak * min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
 
-def train(denoiser, average, optimizer, images, labels, start, steps, batch_size, peak, seed):
+def train(denoiser, average, optimizer, images, labels, start, steps, batch_size, peak, seed, share=slice(None)):
     """Train from step `start` to `steps`, and yield (step, loss) after each, the loss as a tensor on the device.
 
     images: uint8 `(n, c, h, w)`, labels: int64 `(n,)`, both on the device. average: a copy of the denoiser, which
-    becomes the moving average of its weights. peak: the highest learning rate.
+    becomes the moving average of its weights. peak: the highest learning rate. share: as in draw_batch.
     """
+    training_label = denoiser.network.training_label
     for step in range(start, steps):
-        x0, sigma, noise, label = draw_batch(images, labels, batch_size, seed, step, denoiser.network.training_label)
+        x0, sigma, noise, label = draw_batch(images, labels, batch_size, seed, step, training_label, share)
         loss = denoising_loss(denoiser, x0, sigma, noise, label).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -994,6 +1001,83 @@ def show_few_steps(out, denoiser, run):
     save_picture(figure, out / "12_few_steps.png")
 
 
+# %% Machinery: several processes
+# `torchrun` starts this script several times, and tells each process which one it is. All have the same weights. Each
+# draws the numbers of the whole batch, computes on its share, and steps with the mean of all gradients, so the weights
+# stay the same. The first process alone prints, and writes files.
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of the same machine
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join():
+    """Wait until all processes are here, if there are several."""
+    if PROCESSES > 1 and not dist.is_initialized():
+        dist.init_process_group()
+
+
+class Spokesman(Parser):
+    """A command line whose errors come once: what is wrong for one process is wrong for all. The first one says it and
+    ends, and torchrun then ends the others, which are still waiting for it."""
+
+    def exit(self, status=0, message=None):
+        if status == 2 and LOCAL_RANK:
+            join()
+        super().exit(status, message)
+
+
+def take_part(device, batch_size):
+    """Take a GPU of one's own. Raises UserError where there are too few, or where the batch has no equal shares."""
+    if batch_size % PROCESSES:
+        raise UserError(f"--batch-size {batch_size}: must be a multiple of {PROCESSES}, the number of processes")
+    if device.type == "mps" and PROCESSES > 1:
+        raise UserError("--device mps: takes one process only; several need --device cpu or cuda")
+    if device.type == "cuda":
+        here, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > there:
+            raise UserError(f"--device cuda: there are {there} GPUs here, too few for {here} processes")
+        torch.cuda.set_device(LOCAL_RANK)
+
+
+def leave():
+    """The first process goes on alone, the others have done their part."""
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+    if RANK:
+        raise SystemExit
+
+
+def from_first(run, checkpoint):
+    """The run and the checkpoint of the first process, whose file others may not see. Raises UserError where this
+    process would make another run."""
+    first = [run, checkpoint]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(first)
+    if first[0] != run._replace(sigma_data=first[0].sigma_data):  # which may differ in its last digit
+        raise UserError(f"process {RANK} has other options or data ({run.title}) than the first ({first[0].title})")
+    return first
+
+
+class Replica(nn.parallel.DistributedDataParallel):
+    """The denoiser in one of several processes: a backward pass leaves the mean of all gradients in each of them. Each
+    part is sent as soon as it is there, while the backward pass goes on."""
+
+    def __getattr__(self, name):  # what the loss asks of a denoiser
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+def agree(loss, requests):
+    """The mean of all processes' losses, and whether any was asked to stop: all must stop after the same step."""
+    if PROCESSES == 1:
+        return loss, requests
+    both = torch.stack([loss, torch.full_like(loss, len(requests))])
+    dist.all_reduce(both)
+    return both[0] / PROCESSES, both[1]
+
+
 # %% Machinery: the command line
 def number(kind, least, accepted):
     """For argparse: parse a finite number from `least` up; anything else gets an error that says what is accepted."""
@@ -1013,7 +1097,7 @@ def number(kind, least, accepted):
 def make_parser(script, description):
     """The options that lessons 3 and 4 share."""
     count = number(int, 1, "a whole number from 1 up")
-    parser = Parser(script, description)
+    parser = Spokesman(script, description)
     add = parser.add_argument
     add("--data", choices=NAMES, default="auto", help="data set (%(default)s: garments where Fashion-MNIST isn't had)")
     add("--data-dir", metavar="DIR", help="folder with the four IDX files, also $FASHION_MNIST_DIR")
@@ -1033,9 +1117,13 @@ def make_parser(script, description):
 def start(parser, main, lesson):
     """Parse the command line, and call main(options) or show the lesson; what the user can mend is one line and exit
     status 2."""
+    if RANK:
+        sys.stdout = io.StringIO()
     options = parser.parse_args()
     try:
         options.device = choose_device(options.device)
+        if RANK and (options.show or options.sample_only):
+            return
         if options.show:
             for show in lesson:
                 lesson.run(show, options.out)
@@ -1043,6 +1131,13 @@ def start(parser, main, lesson):
             main(options)
     except (UserError, DataError) as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        if PROCESSES == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        sys.exit(
+            f"{parser.prog}: process {RANK} ends, because another one is gone: torchrun says which. The same command "
+            "goes on from the last checkpoint (one is written every two minutes)"
+        )
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
 
@@ -1054,7 +1149,8 @@ def stop_requests():
 
     def request(signal_number, frame):
         requests.append(signal_number)
-        signal.signal(signal_number, signal.default_int_handler)
+        if PROCESSES == 1:  # otherwise a second one is torchrun's, which passes the first one on
+            signal.signal(signal_number, signal.default_int_handler)
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1091,17 +1187,23 @@ def get_denoiser(options, network_class, check=lambda run: None):
         typed = {field: getattr(options, field) for field in ("preset", "epochs", "batch_size")}
         asked = {"network": name, **{field: value for field, value in typed.items() if value}}
     else:
-        data = load(options.data, "train", options.data_dir)
         preset_name = options.preset or ("lecture" if options.device.type == "cuda" else "small")
         preset = PRESETS[preset_name]
-        images = pad(torch.from_numpy(data.images)[:, None], preset)
         epochs, batch_size = options.epochs or preset.epochs, options.batch_size or preset.batch_size
+        take_part(options.device, batch_size)
+        if LOCAL_RANK:
+            join()  # here already, to find what the first process of the machine downloads
+        data = load(options.data, "train", options.data_dir)
+        images = pad(torch.from_numpy(data.images)[:, None], preset)
         of_data = data.name, len(images), data.classes, data.images.shape[1:], images.float().std().item() / 127.5
         run = Run(name, preset_name, epochs, batch_size, options.seed, *of_data)
         asked = run._asdict()
     if checkpoint:
         check_same(path, checkpoint["run"], asked)
     check(run)
+    if not options.sample_only:
+        join()
+        run, checkpoint = from_first(run, checkpoint)
 
     denoiser = make_denoiser(run, network_class, options.device)
     average = make_denoiser(run, network_class, options.device, checkpoint and checkpoint["average"])
@@ -1109,12 +1211,14 @@ def get_denoiser(options, network_class, check=lambda run: None):
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     cuda = options.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"{options.device}, {torch.get_num_threads()} threads"
+    device = f"{PROCESSES} × {device}" if PROCESSES > 1 else device
     print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
     print(f"network   {run.network}, preset {run.preset}: {parameters:,} parameters")
     print(f"device    {device}, {'bfloat16' if denoiser.precision else 'float32'}")
     if not options.sample_only:
         labels = torch.from_numpy(data.labels)
         fit(run, denoiser, average, images.to(options.device), labels.to(options.device), checkpoint, path)
+        leave()
     return average, run
 
 
@@ -1135,31 +1239,44 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
     print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
 
     def save():
+        if RANK:
+            return
         content = {"run": run._asdict(), "step": done, "losses": losses, "average": average.state_dict()}
         if done < run.steps:
             content |= {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
         save_checkpoint(path, content)
 
     total, begun = run.steps * run.batch_size, done * run.batch_size
-    bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True)
-    training = train(denoiser, average, optimizer, images, labels, done, run.steps, run.batch_size, peak, run.seed)
+    bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
+    n = run.batch_size // PROCESSES
+    share = slice(RANK * n, (RANK + 1) * n)
+    at_hand = PROCESSES == 1 or images.device.type == "cpu"  # whether to stop is known without waiting for a GPU
+    replica = Replica(denoiser) if PROCESSES > 1 else denoiser
+    to_do = done, run.steps, run.batch_size, peak, run.seed, share
+    training = train(replica, average, optimizer, images, labels, *to_do)
     saved = time.monotonic()
     with bar, stop_requests() as requests:
         for step, loss in training:
-            losses[step], done = loss, step + 1
+            losses[step], stop = agree(loss, requests)
+            done = step + 1
             if done % 20 == 0:  # seldom, because it waits for a GPU
                 bar.set_postfix(loss=f"{losses[done - 20 : done].mean().item():.3f}", refresh=False)
             bar.update(run.batch_size)
             if time.monotonic() > saved + 120:
                 save()
                 saved = time.monotonic()
-            if requests:
+            if (at_hand or done % 20 == 0) and stop:
                 break
-    save()
-    if done < run.steps:
-        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
-        print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}")
-        raise SystemExit(130)
+        bar.close()
+        save()
+        if done < run.steps:
+            again = shlex.join(argument for argument in sys.argv if argument != "--restart")
+            again = f"{'python' if PROCESSES == 1 else 'torchrun ...'} {again}"
+            print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:", again, sep="\n")
+            sys.stdout.flush()
+            if PROCESSES > 1:
+                dist.barrier()  # as soon as one has left, torchrun ends the others
+            raise SystemExit(130)
     print(f"wrote {path}")
     save_losses(path.with_name("loss.png"), f"{run.title}: the loss", losses.cpu().numpy())
 

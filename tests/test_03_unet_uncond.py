@@ -334,6 +334,18 @@ def test_batches_are_a_function_of_seed_and_step(lesson3):
     assert (sigma > 0).all()
 
 
+def test_shares_of_a_batch_make_up_the_batch(lesson3):
+    images, labels = torch.arange(40).to(torch.uint8).view(40, 1, 1, 1), torch.arange(40)
+
+    def draw(share, training_label=lambda label, generator: label):
+        return lesson3.draw_batch(images, labels, 12, 3, 5, training_label, share)
+
+    shares = [draw(slice(i, i + 4)) for i in (0, 4, 8)]
+    for whole, *parts in zip(draw(slice(None)), *shares, strict=True):
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+    assert draw(slice(0, 4), lambda label, generator: None)[3] is None
+
+
 def test_learning_rate_rises_then_falls_to_zero(lesson3):
     for steps in (1, 2, 7, 1000):
         rates = [lesson3.learning_rate(step, steps, 2.0) for step in range(steps)]
