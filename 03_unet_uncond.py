@@ -712,8 +712,8 @@ def train(denoiser, average, optimizer, images, labels, start, steps, batch_size
 @torch.no_grad()
 def update_average(average, denoiser, step):
     """Move the average towards the weights: it looks back over about a tenth of the steps so far, however many."""
-    for slow, fast in zip(average.parameters(), denoiser.parameters(), strict=True):
-        slow.lerp_(fast, min(1.0, 10 / (step + 1)))
+    slow, fast = list(average.parameters()), list(denoiser.parameters())
+    torch._foreach_lerp_(slow, fast, min(1.0, 10 / (step + 1)))  # on a GPU in a few kernels, not one for each tensor
 
 
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
@@ -1251,6 +1251,9 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
     n = run.batch_size // PROCESSES
     share = slice(RANK * n, (RANK + 1) * n)
     at_hand = PROCESSES == 1 or images.device.type == "cpu"  # whether to stop is known without waiting for a GPU
+    if images.device.type == "cuda":
+        training_label = denoiser.network.training_label
+        compile_network(denoiser, draw_batch(images, labels, run.batch_size, run.seed, 0, training_label, share))
     replica = Replica(denoiser) if PROCESSES > 1 else denoiser
     to_do = done, run.steps, run.batch_size, peak, run.seed, share
     training = train(replica, average, optimizer, images, labels, *to_do)
@@ -1279,6 +1282,22 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
             raise SystemExit(130)
     print(f"wrote {path}")
     save_losses(path.with_name("loss.png"), f"{run.title}: the loss", losses.cpu().numpy())
+
+
+def compile_network(denoiser, batch):
+    """Make few large kernels of the network's many small ones; where that fails, say so and leave it as it is.
+
+    batch: (x0, sigma, noise, label) as in training; a pass with it shows now whether it works.
+    """
+    print("compile   the network with torch.compile, which can take a minute", flush=True)
+    denoiser.network.compile()  # in place: the names of the weights stay
+    try:
+        denoising_loss(denoiser, *batch).mean().backward()
+    except Exception as error:  # of many kinds: no compiler for the CPU's part, a GPU too old, ...
+        denoiser.network.compile(disable=True)
+        reason = " ".join(str(error).split("\n")[:2])  # "backend='inductor' raised:", and what
+        print(f"compile   failed, so training will be slower ({reason})")
+    denoiser.zero_grad()
 
 
 def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_size=200):
