@@ -12,7 +12,9 @@ import argparse
 import copy
 import functools
 import importlib
+import io
 import math
+import os
 import pickle
 import shlex
 import signal
@@ -25,6 +27,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -581,9 +584,9 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 P_MEAN, P_STD = lesson1.LOG_SIGMA  # of ln(sigma): most training is where there's most to learn, at 0.1 to 1
 
 
-def draw_batch(images, labels, batch_size, seed, step, training_label):
+def draw_batch(images, labels, batch_size, seed, step, training_label, share=slice(None)):
     """The step's x0, sigma, noise and label: on one kind of device a function of seed and step, so that a resumed run
-    sees the same."""
+    sees the same. share: the part of the batch to return; each of several processes has its own."""
     mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])  # similar pairs, unrelated seeds
     generator = torch.Generator(images.device).manual_seed(mixed)
     on_device = {"generator": generator, "device": images.device}
@@ -591,7 +594,8 @@ def draw_batch(images, labels, batch_size, seed, step, training_label):
     x0 = images[chosen].float() / 127.5 - 1
     sigma = (P_MEAN + P_STD * torch.randn(batch_size, **on_device)).exp()
     noise = torch.randn(x0.shape, **on_device)
-    return x0, sigma, noise, training_label(labels[chosen], generator)
+    batch = x0, sigma, noise, training_label(labels[chosen], generator)
+    return [part if part is None else part[share] for part in batch]
 
 
 # The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon takes its momentum
@@ -633,14 +637,15 @@ def schedule(step, steps):
 
 # A few early gradients are huge, and warm-up and clipping keep them from throwing the weights off. And the latest
 # weights jump about, while their mean doesn't: it is the mean that will draw.
-def train(denoiser, average, optimizers, images, labels, start, steps, batch_size, seed):
+def train(denoiser, average, optimizers, images, labels, start, steps, batch_size, seed, share=slice(None)):
     """Train from step `start` to `steps`, and yield (step, loss) after each, the loss as a tensor on the device.
 
     images: uint8 `(n, c, h, w)`, labels: int64 `(n,)`, both on the device. average: a copy of the denoiser, which
-    becomes the moving average of its weights.
+    becomes the moving average of its weights. share: as in draw_batch.
     """
+    training_label = denoiser.network.training_label
     for step in range(start, steps):
-        x0, sigma, noise, label = draw_batch(images, labels, batch_size, seed, step, denoiser.network.training_label)
+        x0, sigma, noise, label = draw_batch(images, labels, batch_size, seed, step, training_label, share)
         loss = denoising_loss(denoiser, x0, sigma, noise, label).mean()
         denoiser.zero_grad()
         loss.backward()
@@ -656,8 +661,8 @@ def train(denoiser, average, optimizers, images, labels, start, steps, batch_siz
 def update_average(average, denoiser, step):
     """Move the average towards the weights: it looks back over about a tenth of the steps so far, however many (an
     exponential moving average, EMA, whose window grows; Karras et al. 2024)."""
-    for slow, fast in zip(average.parameters(), denoiser.parameters(), strict=True):
-        slow.lerp_(fast, min(1.0, 10 / (step + 1)))
+    slow, fast = list(average.parameters()), list(denoiser.parameters())
+    torch._foreach_lerp_(slow, fast, min(1.0, 10 / (step + 1)))  # on a GPU in a few kernels, not one for each tensor
 
 
 # How much does time help? An image shows by itself how noisy it is, unlike the single pixel of lesson 1. So we may
@@ -959,6 +964,83 @@ def show_few_steps(out):
     save_picture(figure, out / "13_few_steps.png")
 
 
+# %% Machinery: several processes
+# `torchrun` starts this script several times, and tells each process which one it is. All have the same weights. Each
+# draws the numbers of the whole batch, computes on its share, and steps with the mean of all gradients, so the weights
+# stay the same. The first process alone prints, and writes files.
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of the same machine
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join():
+    """Wait until all processes are here, if there are several."""
+    if PROCESSES > 1 and not dist.is_initialized():
+        dist.init_process_group()
+
+
+class Spokesman(Parser):
+    """A command line whose errors come once: what is wrong for one process is wrong for all. The first one says it and
+    ends, and torchrun then ends the others, which are still waiting for it."""
+
+    def exit(self, status=0, message=None):
+        if status == 2 and LOCAL_RANK:
+            join()
+        super().exit(status, message)
+
+
+def take_part(device, batch_size):
+    """Take a GPU of one's own. Raises UserError where there are too few, or where the batch has no equal shares."""
+    if batch_size % PROCESSES:
+        raise UserError(f"--batch-size {batch_size}: must be a multiple of {PROCESSES}, the number of processes")
+    if device.type == "mps" and PROCESSES > 1:
+        raise UserError("--device mps: takes one process only; several need --device cpu or cuda")
+    if device.type == "cuda":
+        here, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > there:
+            raise UserError(f"--device cuda: there are {there} GPUs here, too few for {here} processes")
+        torch.cuda.set_device(LOCAL_RANK)
+
+
+def leave():
+    """The first process goes on alone, the others have done their part."""
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+    if RANK:
+        raise SystemExit
+
+
+def from_first(run, checkpoint):
+    """The run and the checkpoint of the first process, whose file others may not see. Raises UserError where this
+    process would make another run."""
+    first = [run, checkpoint]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(first)
+    if first[0] != run._replace(sigma_data=first[0].sigma_data):  # which may differ in its last digit
+        raise UserError(f"process {RANK} has other options or data ({run.title}) than the first ({first[0].title})")
+    return first
+
+
+class Replica(nn.parallel.DistributedDataParallel):
+    """The denoiser in one of several processes: a backward pass leaves the mean of all gradients in each of them. Each
+    part is sent as soon as it is there, while the backward pass goes on."""
+
+    def __getattr__(self, name):  # what the loss asks of a denoiser
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+def agree(loss, requests):
+    """The mean of all processes' losses, and whether any was asked to stop: all must stop after the same step."""
+    if PROCESSES == 1:
+        return loss, requests
+    both = torch.stack([loss, torch.full_like(loss, len(requests))])
+    dist.all_reduce(both)
+    return both[0] / PROCESSES, both[1]
+
+
 # %% Machinery: the command line
 def number(kind, least, accepted):
     """For argparse: parse a finite number from `least` up; anything else gets an error that says what is accepted."""
@@ -978,14 +1060,9 @@ def number(kind, least, accepted):
 def make_parser(script, description):
     """The options that lessons 3 and 4 share."""
     count = number(int, 1, "a whole number from 1 up")
-    parser = Parser(script, description)
+    parser = Spokesman(script, description)
     add = parser.add_argument
-    add(
-        "--data",
-        choices=NAMES,
-        default="auto",
-        help="data set (%(default)s: garments where Fashion-MNIST can't be had)",
-    )
+    add("--data", choices=NAMES, default="auto", help="(%(default)s: garments where Fashion-MNIST can't be had)")
     add("--data-dir", metavar="DIR", help="folder with the four IDX files, also $FASHION_MNIST_DIR")
     add("--preset", choices=PRESETS, help="network and settings (lecture on CUDA, small elsewhere)")
     add("--epochs", metavar="E", type=number(float, 1e-9, "a number above 0"), help="may be a fraction (preset's)")
@@ -1008,9 +1085,13 @@ def make_parser(script, description):
 def start(parser, main, lesson):
     """Parse the command line, and call main(options) or show the lesson; what the user can mend is one line and exit
     status 2."""
+    if RANK:
+        sys.stdout = io.StringIO()
     options = parser.parse_args()
     try:
         options.device = choose_device(options.device)
+        if RANK and (options.show or options.sample_only):
+            return
         if options.show:
             lesson.options = options
             for show in lesson.shows:
@@ -1019,6 +1100,13 @@ def start(parser, main, lesson):
             main(options)
     except (UserError, DataError) as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        if PROCESSES == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        sys.exit(
+            f"{parser.prog}: process {RANK} ends, because another one is gone: torchrun says which. The same command "
+            "goes on from the last checkpoint (one is written every two minutes)"
+        )
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
 
@@ -1030,7 +1118,8 @@ def stop_requests():
 
     def request(signal_number, frame):
         requests.append(signal_number)
-        signal.signal(signal_number, signal.default_int_handler)
+        if PROCESSES == 1:  # otherwise a second one is torchrun's, which passes the first one on
+            signal.signal(signal_number, signal.default_int_handler)
 
     before = {kind: signal.signal(kind, request) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1067,17 +1156,23 @@ def get_denoiser(options, network_class, check=lambda run: None):
         typed = {field: getattr(options, field) for field in ("preset", "epochs", "batch_size")}
         asked = {"network": name, **{field: value for field, value in typed.items() if value}}
     else:
-        data = load(options.data, "train", options.data_dir)
         preset_name = options.preset or ("lecture" if options.device.type == "cuda" else "small")
         preset = PRESETS[preset_name]
-        images = pad(torch.from_numpy(data.images)[:, None], preset)
         epochs, batch_size = options.epochs or preset.epochs, options.batch_size or preset.batch_size
+        take_part(options.device, batch_size)
+        if LOCAL_RANK:
+            join()  # here already, to find what the first process of the machine downloads
+        data = load(options.data, "train", options.data_dir)
+        images = pad(torch.from_numpy(data.images)[:, None], preset)
         of_data = data.name, len(images), data.classes, data.images.shape[1:], images.float().std().item() / 127.5
         run = Run(name, preset_name, epochs, batch_size, options.seed, *of_data)
         asked = run._asdict()
     if checkpoint:
         check_same(path, checkpoint["run"], asked)
     check(run)
+    if not options.sample_only:
+        join()
+        run, checkpoint = from_first(run, checkpoint)
 
     denoiser = make_denoiser(run, network_class, options.device)
     average = make_denoiser(run, network_class, options.device, checkpoint and checkpoint["average"])
@@ -1085,12 +1180,14 @@ def get_denoiser(options, network_class, check=lambda run: None):
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     cuda = options.device.type == "cuda"
     device = torch.cuda.get_device_name() if cuda else f"{options.device}, {torch.get_num_threads()} threads"
+    device = f"{PROCESSES} × {device}" if PROCESSES > 1 else device
     print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
     print(f"network   {run.network}, preset {run.preset}: {parameters:,} parameters")
     print(f"device    {device}, {'bfloat16' if denoiser.precision else 'float32'}")
     if not options.sample_only:
         labels = torch.from_numpy(data.labels)
         fit(run, denoiser, average, images.to(options.device), labels.to(options.device), checkpoint, path)
+        leave()
     return average, run
 
 
@@ -1114,33 +1211,65 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
     print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
 
     def save():
+        if RANK:
+            return
         content = {"run": run._asdict(), "step": done, "losses": losses, "average": average.state_dict()}
         if done < run.steps:
             content |= {"denoiser": denoiser.state_dict(), "optimizers": [part.state_dict() for part in optimizers]}
         save_checkpoint(path, content)
 
     total, begun = run.steps * run.batch_size, done * run.batch_size
-    bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True)
-    training = train(denoiser, average, optimizers, images, labels, done, run.steps, run.batch_size, run.seed)
+    bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
+    n = run.batch_size // PROCESSES
+    share = slice(RANK * n, (RANK + 1) * n)
+    at_hand = PROCESSES == 1 or images.device.type == "cpu"  # whether to stop is known without waiting for a GPU
+    if images.device.type == "cuda":
+        training_label = denoiser.network.training_label
+        compile_network(denoiser, draw_batch(images, labels, run.batch_size, run.seed, 0, training_label, share))
+    replica = Replica(denoiser) if PROCESSES > 1 else denoiser
+    to_do = done, run.steps, run.batch_size, run.seed, share
+    training = train(replica, average, optimizers, images, labels, *to_do)
     saved = time.monotonic()
     with bar, stop_requests() as requests:
         for step, loss in training:
-            losses[step], done = loss, step + 1
+            losses[step], stop = agree(loss, requests)
+            done = step + 1
             if done % 20 == 0:  # seldom, because it waits for a GPU
                 bar.set_postfix(loss=f"{losses[done - 20 : done].mean().item():.3f}", refresh=False)
             bar.update(run.batch_size)
             if time.monotonic() > saved + 120:
                 save()
                 saved = time.monotonic()
-            if requests:
+            if (at_hand or done % 20 == 0) and stop:
                 break
-    save()
-    if done < run.steps:
-        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
-        print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}")
-        raise SystemExit(130)
+        bar.close()
+        save()
+        if done < run.steps:
+            again = shlex.join(argument for argument in sys.argv if argument != "--restart")
+            again = f"{'python' if PROCESSES == 1 else 'torchrun ...'} {again}"
+            print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:", again, sep="\n")
+            sys.stdout.flush()
+            if PROCESSES > 1:
+                dist.barrier()  # as soon as one has left, torchrun ends the others
+            raise SystemExit(130)
     print(f"wrote {path}")
     save_losses(path.with_name("loss.png"), f"{run.title}: the loss", losses.cpu().numpy())
+
+
+def compile_network(denoiser, batch):
+    """Make few large kernels of the network's many small ones; where that fails, say so and leave it as it is.
+
+    batch: (x0, sigma, noise, label) as in training; a pass with it shows now whether it works.
+    """
+    print("compile   the network with torch.compile, which can take a minute", flush=True)
+    denoiser.network.compile()  # in place: the names of the weights stay
+    try:
+        denoising_loss(denoiser, *batch).mean().backward()
+    except Exception as error:  # of many kinds: no compiler for the CPU's part, a GPU too old, ...
+        denoiser.network.compile(disable=True)
+        reason = " ".join(str(error).split("\n")[:2])  # "backend='inductor' raised:", and what
+        print(f"compile   failed, so training will be slower ({reason})")
+    denoiser.zero_grad()
 
 
 def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_size=200):

@@ -355,6 +355,35 @@ def test_each_parameter_has_one_optimizer(lesson3, lesson4):
     assert set(owned) == set(denoiser.parameters())
 
 
+def test_shares_of_a_batch_make_up_the_batch(lesson3):
+    images, labels = torch.arange(40).to(torch.uint8).view(40, 1, 1, 1), torch.arange(40)
+
+    def draw(share, training_label=lambda label, generator: label):
+        return lesson3.draw_batch(images, labels, 12, 3, 5, training_label, share)
+
+    shares = [draw(slice(i, i + 4)) for i in (0, 4, 8)]
+    for whole, *parts in zip(draw(slice(None)), *shares, strict=True):
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+    assert draw(slice(0, 4), lambda label, generator: None)[3] is None
+
+
+def test_a_network_that_cannot_be_compiled_is_trained_as_it_is(lesson3, time_unet, monkeypatch, capsys):
+    def fail(graph, inputs):
+        raise RuntimeError("no such compiler\nand much more about it")
+
+    compile_network = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda network, **how: compile_network(network, backend=fail, **how))
+    denoiser, sigma = lesson3.Denoiser(time_unet, 0.5), torch.ones(2)
+    x0, noise = noisy(2, 2, 8, 8), noisy(2, 2, 8, 8)
+    before = denoiser(x0, sigma)
+    lesson3.compile_network(denoiser, (x0, sigma, noise, None))
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("compile ")
+    assert "no such compiler" in second
+    torch.testing.assert_close(denoiser(x0, sigma), before)
+    assert all(parameter.grad is None for parameter in denoiser.parameters())
+
+
 def test_learning_rate_rises_then_falls_to_zero(lesson3):
     for steps in (1, 2, 7, 1000):
         rates = [lesson3.schedule(step, steps) for step in range(steps)]

@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 from test_03_unet_uncond import run_cells
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import data
 
@@ -90,6 +92,32 @@ def test_every_parameter_gets_a_gradient(cond_unet, inputs):
     for name, parameter in cond_unet.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_compiled_network_is_the_same_network(lesson3, lesson4, cond_unet, monkeypatch, capsys):
+    """Traced once and as a whole (fullgraph), but not translated by a C++ compiler, which takes a minute."""
+    names, compile_network = list(cond_unet.state_dict()), nn.Module.compile
+    graphs = CompileCounterWithBackend("aot_eager")
+    how = {"backend": graphs, "fullgraph": True}
+    monkeypatch.setattr(nn.Module, "compile", lambda network, **more: compile_network(network, **how, **more))
+    denoiser = lesson3.Denoiser(cond_unet, 0.5)
+    batch = torch.randn(3, 2, 8, 8), torch.tensor([0.1, 1.0, 9.0]), torch.randn(3, 2, 8, 8), torch.tensor([0, 2, 3])
+
+    def loss_and_gradients():
+        denoiser.zero_grad()
+        loss = lesson3.denoising_loss(denoiser, *batch).mean()
+        loss.backward()
+        return [loss.detach(), *(parameter.grad.clone() for parameter in denoiser.parameters())]
+
+    before = loss_and_gradients()
+    lesson3.compile_network(denoiser, batch)
+    assert "failed" not in capsys.readouterr().out
+    for _ in range(2):
+        for ours, expected in zip(loss_and_gradients(), before, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+    assert graphs.frame_count == 1
+    assert list(cond_unet.state_dict()) == names
+    assert all(layer.saved is None for layer in cond_unet.modules() if isinstance(layer, lesson3.Saved))
 
 
 def test_no_label_is_the_last_row(cond_unet, inputs):
