@@ -199,12 +199,17 @@ def test_the_lecture_preset(tmp_path):
     assert np.load(tmp_path / "samples.npy").shape == (10, 1, 28, 28)  # drawn at 32 × 32, cropped
 
 
-def test_images_of_another_size_and_classes_without_names(tmp_path):
-    folder, generator = tmp_path / "symbols", np.random.default_rng(0)
+def write_symbols(folder, height, width):
+    """A folder of IDX files with 40 training images, all noise, in 3 classes."""
     folder.mkdir()
-    images = generator.integers(0, 256, (40, 18, 30), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (40, height, width), np.uint8)
     (folder / "train-images-idx3-ubyte").write_bytes(idx(images))
     (folder / "train-labels-idx1-ubyte").write_bytes(idx((np.arange(40) % 3).astype(np.uint8)))
+    return folder
+
+
+def test_images_of_another_size_and_classes_without_names(tmp_path):
+    folder = write_symbols(tmp_path / "symbols", 18, 30)
     out = tmp_path / "out"
     result = run("04_unet_cond.py", *TINY[2:], "--epochs", "1", "--data-dir", folder, "--out", out)
     assert result.returncode == 0, result.stderr
@@ -212,6 +217,19 @@ def test_images_of_another_size_and_classes_without_names(tmp_path):
     assert np.load(out / "samples.npy").shape == (6, 1, 18, 30)
     result = run("04_unet_cond.py", *TINY[2:], "--epochs", "1", "--class", "3", "--data-dir", folder, "--out", out)
     assert "must be one of 0, 1, 2" in one_line(result)
+
+
+@pytest.mark.parametrize("preset", ["small", "lecture"])
+def test_larger_images(tmp_path, preset):
+    folder, out = write_symbols(tmp_path / "symbols", 64, 64), tmp_path / "out"
+    options = [*TINY[2:], "--epochs", "0.4", "--n", "1", "--preset", preset, "--data-dir", folder, "--out", out]
+    result = run("04_unet_cond.py", *options)
+    assert result.returncode == 0, result.stderr
+    assert "symbols: 40 images, 64 × 64, 3 classes" in result.stdout
+    assert "2 steps of 8 images" in result.stdout
+    images = np.load(out / "samples.npy")
+    assert images.shape == (3, 1, 64, 64)
+    assert np.isfinite(images).all()
 
 
 def test_the_real_files(tmp_path):
