@@ -845,6 +845,12 @@ def save_checkpoint(path, content):
     part.replace(path)
 
 
+def find_checkpoint(options):
+    """Where the checkpoint is: in --out, or what came with the scripts."""
+    pretrained = getattr(options, "pretrained", False)
+    return lesson1.HERE / "data" / "pretrained" / "cond.pt" if pretrained else options.out / "checkpoint.pt"
+
+
 def load_checkpoint(path):
     """The checkpoint's content, or None where there is none. Raises UserError where it can't be read."""
     if not path.exists():
@@ -882,10 +888,10 @@ def crop(images, size):
 def load_trained(lesson, script, *network_classes):
     """The denoiser in the checkpoint of the lesson's --out, and its `Run`. Raises NotTrained where there is none of
     these classes."""
-    out, kinds = lesson.options.out, {network_class.__name__: network_class for network_class in network_classes}
-    checkpoint = load_checkpoint(out / "checkpoint.pt")
+    kinds = {network_class.__name__: network_class for network_class in network_classes}
+    checkpoint = load_checkpoint(find_checkpoint(lesson.options))
     if not checkpoint or checkpoint["run"].network not in kinds:
-        raise NotTrained(f"for want of a trained network: python {script} --out {out} trains one")
+        raise NotTrained(f"for want of a trained network: python {script} --out {lesson.options.out} trains one")
     run = checkpoint["run"]
     denoiser = make_denoiser(run, kinds[run.network], choose_device(str(lesson.options.device)), checkpoint["average"])
     print(f"   {run.title}, {checkpoint['step']:,} of {run.steps:,} steps")
@@ -1147,7 +1153,7 @@ def get_denoiser(options, network_class, check=lambda run: None):
     check(run) is called before the work begins, and may raise UserError too.
     Raises UserError or DataError where something is missing or doesn't fit; SystemExit where training was interrupted.
     """
-    path, name = options.out / "checkpoint.pt", network_class.__name__
+    path, name = find_checkpoint(options), network_class.__name__
     checkpoint = None if options.restart else load_checkpoint(path)
     if options.sample_only:
         if checkpoint is None:

@@ -5,6 +5,7 @@ Running it trains the conditional model, in ten minutes on two CPU cores, and dr
 
     python 04_unet_cond.py [--epochs E] [--data-dir DIR] [--help]
     python 04_unet_cond.py --sample-only --class "Ankle boot" --n 16
+    python 04_unet_cond.py --pretrained      draws at once, from weights that come with it
     python 04_unet_cond.py --show            prints and draws what the sections say, best after the training
 """
 
@@ -336,6 +337,7 @@ def find_classes(text, classes):
 
 
 def main(options):
+    options.sample_only |= options.pretrained
     denoiser, run = get_denoiser(options, CondUNet, check=lambda run: find_classes(options.only, run.classes))
     wanted = find_classes(options.only, run.classes)
     starts = [(options.seed, number, index) for number in wanted for index in range(options.n)]
@@ -358,5 +360,6 @@ if __name__ == "__main__":
         default=0.5,
         help="how strongly the label guides: 0 is the label as it is, -1 none (%(default)s)",
     )
+    parser.add_argument("--pretrained", action="store_true", help="don't train: take the weights in data/pretrained")
     parser.set_defaults(n=10)
     start(parser, main, lesson)

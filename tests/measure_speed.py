@@ -105,17 +105,18 @@ def synchronize(device):
 
 def start_training(competitor, device, batch_size, steps=1):
     """A function that trains for some more steps and waits for them to end. A step is lesson 3's: noise, loss,
-    backward, clipping, AdamW, moving average."""
+    backward, clipping, Muon and AdamW, moving average."""
     denoiser = competitor.make_denoiser(device)
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(denoiser.parameters(), 0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizers = lesson3.make_optimizers(denoiser, 0.0)
     for parameter in denoiser.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # AdamW keeps two numbers a parameter; now they are there, and their memory counts from the start
+    for optimizer in optimizers:
+        optimizer.step()  # what they keep of each parameter is there now, and its memory counts from the start
     images = torch.randint(256, (256, 1, competitor.size, competitor.size), dtype=torch.uint8)
     images = lesson3.pad(images, PRESETS[competitor.preset]).to(device)
     labels = torch.randint(10, (len(images),), device=device)
-    training = lesson3.train(denoiser, average, optimizer, images, labels, 0, 10**6, batch_size, 1e-3, 0)
+    training = lesson3.train(denoiser, average, optimizers, images, labels, 0, 10**6, batch_size, 0)
 
     def run():
         for _ in range(steps):
