@@ -26,7 +26,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler is not to tell when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler is not to tell when it starts and stops
 
 import diffusers
 import torch
@@ -350,7 +350,7 @@ def growth_nets():
             yield f"small, {size} × {size}, attention {where}", small._replace(attention_levels=levels), size
 
 
-def measure_cost(name, preset, size, device, precision, budget=4e10):
+def measure_cost(name, preset, size, device, precision, budget=2e10):
     """Parameters; multiply-adds and bytes kept for the backward pass of an image; images/s in training, in batches of
     about `budget` multiply-adds."""
     report(f"   {name}")
@@ -361,7 +361,7 @@ def measure_cost(name, preset, size, device, precision, budget=4e10):
     denoiser.forward = functools.partial(denoiser.forward, **told)
     x = lesson3.draw_noise(competitor.run, cpu, [(0, 0, 0)])
     operations = count_operations(functools.partial(denoiser, x)) // 2
-    batch_size = min(64, max(4, round(budget / operations)))
+    batch_size = min(64, max(1, round(budget / operations)))
     run = start_training(competitor, device, batch_size)
     run()
     (taken,) = interleave({name: run}).values()
