@@ -26,7 +26,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch.profiler is not to tell when it starts and stops
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler is not to tell when it starts and stops
 
 import diffusers
 import torch
@@ -142,20 +142,19 @@ def start_sampling(competitor, device, batch_size, evaluations, guidance, method
 
 
 # %% What is measured
-def by_formula(count, n_shapes):
-    """A formula for FlopCounterMode that looks at the shapes of an operation's first arguments only."""
-    return lambda *shapes, **_: count(*shapes[:n_shapes])
-
-
-# The counter knows the fused attention of GPUs; that of CPUs, which does the same, it takes for free.
+# The counter knows the fused attention of GPUs; that of CPUs, which does the same, it takes for free. A formula
+# is given the shapes of an operation's arguments.
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 FUSED = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: by_formula(sdpa_flop_count, 3),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: by_formula(sdpa_backward_flop_count, 4),
+    ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    ATTENTION_BACKWARD: lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v),
 }
 
 
 def count_operations(run):
-    """Floating-point operations of convolutions, matrix products and attention; a multiply-add is two of them."""
+    """Floating-point operations of convolutions, matrix products and attention; a multiply-add is two of them. Fused
+    attention computes its scores a second time for the backward pass, so it has more of them than attention by hand."""
     with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         run()
     return counter.get_total_flops()
@@ -275,13 +274,12 @@ def report(text):
 def training_tasks(network_class, preset, precisions, steps):
     """Diffusers as it comes first; attention by hand where there is attention, as the lecture has it, in float32."""
     start = functools.partial(start_training, steps=steps)
-    theirs = [Competitor("diffusers", network_class, preset, precision) for precision in precisions]
-    by_hand = [Competitor("by hand", network_class, preset)] if network_class is CondUNet else []
-    tasks = [Task(competitor.name, competitor, start, None, steps) for competitor in theirs]
-    for competitor in by_hand + [their._replace(kind="ours") for their in theirs]:
-        peer = competitor._replace(kind="diffusers").name
-        tasks.append(Task(competitor.name, competitor, start, peer, steps))
-    return tasks
+    for kind in ("diffusers", "by hand", "ours"):
+        for precision in precisions:
+            competitor = Competitor(kind, network_class, preset, precision)
+            theirs = competitor._replace(kind="diffusers").name
+            if kind != "by hand" or (network_class is CondUNet and precision is None):
+                yield Task(competitor.name, competitor, start, None if kind == "diffusers" else theirs, steps)
 
 
 def sampling_task(competitor, evaluations, guidance, measured, method="dpm++", peer=None):
@@ -311,15 +309,11 @@ def make_tables(device, precisions, batch_size):
         (CondUNet, "lecture", "with attention on the three lower levels"),
         (CondUNet, "small", "with its attention"),
     ):
-        tasks = training_tasks(network_class, preset, precisions, steps)
+        tasks = list(training_tasks(network_class, preset, precisions, steps))
         title = f"Training, batch {batch_size}: preset {preset}, {attention}"
         yield Table(title, tasks, batch_size, seconds or 10 * (preset == "small"))
     title = f"Sampling, {drawn} images: evaluations of the network for each ({measured} of them measured)"
     yield Table(title, sampling_tasks(precisions, measured), drawn, seconds)
-
-
-def format_ratio(ratio):
-    return "{median:.2f} ({min:.2f} to {max:.2f})".format(**ratio) if ratio else ""
 
 
 def measure_speed(device, peaks, batch_size, rounds):
@@ -333,7 +327,8 @@ def print_speed(rows):
     for row in rows:
         memory = "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 1e6:,.0f}"
         print(f"   {row['name']:41}{row['images_per_second']['median']:8.2f}", end="")
-        print("".join(f"{format_ratio(row[ratio]):>25}" for ratio in ("times_first", "times_diffusers")), end="")
+        for ratio in (row["times_first"], row["times_diffusers"]):
+            print(f"{'{median:.2f} ({min:.2f} to {max:.2f})'.format(**ratio) if ratio else '':>25}", end="")
         print(f"{memory:>10}{row['operations_per_image'] / 1e9:14.2f}{row['share_of_peak']:10.0%}")
 
 
@@ -351,7 +346,7 @@ def growth_nets():
             yield f"small, {size} × {size}, attention {where}", small._replace(attention_levels=levels), size
 
 
-def measure_cost(name, preset, size, device, precision, budget=4e10):
+def measure_cost(name, preset, size, device, precision, budget=2e10):
     """Parameters; multiply-adds and bytes kept for the backward pass of an image; images/s in training, in batches of
     about `budget` multiply-adds."""
     report(f"   {name}")
@@ -362,7 +357,7 @@ def measure_cost(name, preset, size, device, precision, budget=4e10):
     denoiser.forward = functools.partial(denoiser.forward, **told)
     x = lesson3.draw_noise(competitor.run, cpu, [(0, 0, 0)])
     operations = count_operations(functools.partial(denoiser, x)) // 2
-    batch_size = min(64, max(4, round(budget / operations)))
+    batch_size = min(64, max(1, round(budget / operations)))
     run = start_training(competitor, device, batch_size)
     run()
     (taken,) = interleave({name: run}).values()

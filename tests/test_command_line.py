@@ -222,11 +222,11 @@ def test_images_of_another_size_and_classes_without_names(tmp_path):
 @pytest.mark.parametrize("preset", ["small", "lecture"])
 def test_larger_images(tmp_path, preset):
     folder, out = write_symbols(tmp_path / "symbols", 64, 64), tmp_path / "out"
-    options = [*TINY[2:], "--epochs", "0.4", "--n", "1", "--preset", preset, "--data-dir", folder, "--out", out]
-    result = run("04_unet_cond.py", *options)
+    options = [*TINY[2:], "--epochs", "0.1", "--batch-size", "2", "--n", "1", "--preset", preset]
+    result = run("04_unet_cond.py", *options, "--data-dir", folder, "--out", out)
     assert result.returncode == 0, result.stderr
     assert "symbols: 40 images, 64 × 64, 3 classes" in result.stdout
-    assert "2 steps of 8 images" in result.stdout
+    assert "2 steps of 2 images" in result.stdout
     images = np.load(out / "samples.npy")
     assert images.shape == (3, 1, 64, 64)
     assert np.isfinite(images).all()

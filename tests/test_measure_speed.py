@@ -109,7 +109,7 @@ def test_competitors_have_the_same_structure(network_class, tiny, lesson3):
 
 def test_json_is_all_there_is_on_stdout(tiny, monkeypatch, capsys):
     def make_tables(device, precisions, batch_size):
-        training = measure_speed.training_tasks(measure_speed.CondUNet, tiny, [None], steps=1)
+        training = list(measure_speed.training_tasks(measure_speed.CondUNet, tiny, [None], steps=1))
         yield measure_speed.Table("training", training, batch_size, 0)
         ours = measure_speed.Competitor("ours", measure_speed.CondUNet, tiny)
         yield measure_speed.Table("sampling", [measure_speed.sampling_task(ours, 18, 0.5, measured=2)], 3, 0)
