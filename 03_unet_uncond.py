@@ -1246,17 +1246,17 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
             content |= {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
         save_checkpoint(path, content)
 
-    total, begun = run.steps * run.batch_size, done * run.batch_size
-    bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
     n = run.batch_size // PROCESSES
     share = slice(RANK * n, (RANK + 1) * n)
-    at_hand = PROCESSES == 1 or images.device.type == "cpu"  # whether to stop is known without waiting for a GPU
     if images.device.type == "cuda":
         training_label = denoiser.network.training_label
         compile_network(denoiser, draw_batch(images, labels, run.batch_size, run.seed, 0, training_label, share))
+    total, begun = run.steps * run.batch_size, done * run.batch_size
+    bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
     replica = Replica(denoiser) if PROCESSES > 1 else denoiser
     to_do = done, run.steps, run.batch_size, peak, run.seed, share
     training = train(replica, average, optimizer, images, labels, *to_do)
+    at_hand = PROCESSES == 1 or images.device.type == "cpu"  # whether to stop is known without waiting for a GPU
     saved = time.monotonic()
     with bar, stop_requests() as requests:
         for step, loss in training:
