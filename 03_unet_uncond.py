@@ -337,7 +337,7 @@ def measure_layers(network, x):
 @lesson
 def show_layers(out):
     """4. The U-Net, layer by layer, for one image of 28 × 28 pixels, padded to 32 × 32"""
-    network = UNet(1, (32, 64, 128, 256), depth=2, groups=8)  # the lecture's size
+    network = UNet(1, (32, 64, 128, 256), depth=2, groups=2)  # the lecture's size
     rows = measure_layers(network, torch.zeros(1, 1, 32, 32))
     print("                           c    h    w    parameters   multiply-adds")
     for name, shape, *counts in rows:
@@ -782,7 +782,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 4.5),
-    "lecture": Preset((32, 64, 128, 256), 2, 8, 1, (1, 2, 3), 8, 256, 2e-3, 25),
+    "lecture": Preset((32, 64, 128, 256), 2, 2, 1, (1, 2, 3), 8, 256, 2e-3, 25),
 }
 
 
@@ -1224,17 +1224,17 @@ def fit(run, denoiser, average, images, labels, checkpoint, path):
             content |= {"denoiser": denoiser.state_dict(), "optimizers": [part.state_dict() for part in optimizers]}
         save_checkpoint(path, content)
 
-    total, begun = run.steps * run.batch_size, done * run.batch_size
-    bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
     n = run.batch_size // PROCESSES
     share = slice(RANK * n, (RANK + 1) * n)
-    at_hand = PROCESSES == 1 or images.device.type == "cpu"  # whether to stop is known without waiting for a GPU
     if images.device.type == "cuda":
         training_label = denoiser.network.training_label
         compile_network(denoiser, draw_batch(images, labels, run.batch_size, run.seed, 0, training_label, share))
+    total, begun = run.steps * run.batch_size, done * run.batch_size
+    bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
     replica = Replica(denoiser) if PROCESSES > 1 else denoiser
     to_do = done, run.steps, run.batch_size, run.seed, share
     training = train(replica, average, optimizers, images, labels, *to_do)
+    at_hand = PROCESSES == 1 or images.device.type == "cpu"  # whether to stop is known without waiting for a GPU
     saved = time.monotonic()
     with bar, stop_requests() as requests:
         for step, loss in training:

@@ -103,12 +103,13 @@ def synchronize(device):
     getattr(torch, device.type).synchronize()
 
 
-def start_training(competitor, device, batch_size, steps=1):
+def start_training(competitor, device, batch_size, steps=1, muon=False):
     """A function that trains for some more steps and waits for them to end. A step is lesson 3's: noise, loss,
-    backward, clipping, Muon and AdamW, moving average."""
+    backward, clipping, optimiser, moving average. The optimiser is AdamW, or lesson 3's pair with Muon."""
     denoiser = competitor.make_denoiser(device)
     average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    optimizers = lesson3.make_optimizers(denoiser, 0.0)
+    adam = functools.partial(torch.optim.AdamW, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizers = lesson3.make_optimizers(denoiser, 0.0) if muon else [adam(denoiser.parameters(), 0.0)]
     for parameter in denoiser.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:
@@ -248,8 +249,9 @@ def measure(table, device, peaks, rounds):
             return run
 
         report(f"   {task.name}: starts")
-        # what an image takes is the same on every device, and in every batch
-        operations = count_operations(functools.partial(prepare, torch.device("cpu"), 1)) / task.work
+        # what one more image takes is the same on every device; what a batch takes whatever its size is Muon's part
+        one, two = (count_operations(functools.partial(prepare, torch.device("cpu"), n)) for n in (1, 2))
+        operations = (two - one) / task.work
         runs[task.name], memory = track_memory(prepare, device)
         rows.append({"name": task.name, "memory_bytes": memory, "operations_per_image": operations})
     report("   all in turn")
@@ -280,6 +282,7 @@ def training_tasks(network_class, preset, precisions, steps):
             theirs = competitor._replace(kind="diffusers").name
             if kind != "by hand" or (network_class is CondUNet and precision is None):
                 yield Task(competitor.name, competitor, start, None if kind == "diffusers" else theirs, steps)
+    yield Task(f"{competitor.name}, Muon", competitor, functools.partial(start, muon=True), None, steps)
 
 
 def sampling_task(competitor, evaluations, guidance, measured, method="dpm++", peer=None):
