@@ -781,7 +781,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 4.5),
+    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 3),
     "lecture": Preset((32, 64, 128, 256), 2, 2, 1, (1, 2, 3), 8, 256, 2e-3, 25),
 }
 

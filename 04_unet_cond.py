@@ -337,6 +337,8 @@ def find_classes(text, classes):
 
 
 def main(options):
+    if options.pretrained and options.restart:
+        raise UserError("--pretrained draws from weights as they are: leave out --restart, which trains anew")
     options.sample_only |= options.pretrained
     denoiser, run = get_denoiser(options, CondUNet, check=lambda run: find_classes(options.only, run.classes))
     wanted = find_classes(options.only, run.classes)

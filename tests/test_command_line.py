@@ -14,6 +14,8 @@ import pytest
 import torch
 from test_data import idx
 
+from data import load
+
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "garments", "--epochs", "0.02", "--batch-size", "8", "--steps", "3", "--n", "2", "--device", "cpu"]
 
@@ -53,6 +55,26 @@ def test_a_run_says_what_it_does_and_lists_what_it_wrote(trained):
     names = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.png"]
     assert sorted(path.name for path in written) == names
     assert sorted(path.name for path in out.iterdir()) == names
+
+
+def test_the_weights_that_come_with_it_draw_at_once(tmp_path):
+    """Without data or a checkpoint, and from a file that is small and harmless."""
+    weights = ROOT / "data" / "pretrained" / "cond.pt"
+    assert weights.stat().st_size < 6e6
+    content = torch.load(weights, weights_only=True)
+    assert {weight.dtype for weight in content["average"].values()} == {torch.float16}
+    arguments = ["--pretrained", "--class", "Ankle boot", "--n", "3", "--device", "cpu", "--out", tmp_path]
+    result = run("04_unet_cond.py", *arguments, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.npy", "samples.png"]
+    boots = np.load(tmp_path / "samples.npy")
+    assert boots.shape == (3, 1, 28, 28)
+    drawn = load("garments", "test")
+    means = np.stack([drawn.images[drawn.labels == label].mean(axis=0) for label in range(10)]).reshape(10, -1)
+    for boot in boots.reshape(3, -1):  # more like a drawn sandal, sneaker or ankle boot than like any clothes
+        alike = [np.corrcoef(boot, mean)[0, 1] for mean in means]
+        assert max(alike[label] for label in (5, 7, 9)) > max(alike[label] for label in (0, 1, 2, 3, 4, 6, 8))
+    assert "leave out --restart" in one_line(run("04_unet_cond.py", *arguments, "--restart"))
 
 
 def test_a_finished_run_only_samples_again(trained):
