@@ -382,9 +382,9 @@ def measure_growth(device, precision):
 
 
 def print_growth(rows):
-    print(f"{'':43}parameters   multiply-adds   kept for backward   images/s   in batches of")
+    print(f"{'':49}parameters   multiply-adds   kept for backward   images/s   in batches of")
     for row in rows:
-        print(f"   {row['name']:40}{row['parameters']:10,}{row['multiply_adds'] / 1e6:14,.0f} M", end="")
+        print(f"   {row['name']:46}{row['parameters']:10,}{row['multiply_adds'] / 1e6:14,.0f} M", end="")
         print(f"{row['kept_bytes'] / 1e6:17.1f} MB{row['images_per_second']:11.1f}{row['batch_size']:16}")
 
 
