@@ -339,14 +339,15 @@ def print_speed(rows):
 def growth_nets():
     """Names, presets and sizes of images: larger images, then wider nets, then attention on more levels."""
     small, lecture = PRESETS["small"], PRESETS["lecture"]
+    sixteen = small._replace(head_dim=16)  # channels of a head, which divide any width here
     yield from ((f"small, {size} × {size}", small, size) for size in (28, 32, 64, 128))
     yield from ((f"lecture, {size} × {size}", lecture, size) for size in (32, 64, 128))
     for widths in ((24, 48), (96, 192), (48, 96, 192)):
-        yield f"small, widths {'/'.join(map(str, widths))}", small._replace(widths=widths), 28
+        yield f"small, widths {'/'.join(map(str, widths))}", sixteen._replace(widths=widths), 28
     for size in (28, 64):
         for levels in ((), (0, 1)):
             where = "in the middle only" if not levels else "on all levels"
-            yield f"small, {size} × {size}, attention {where}", small._replace(attention_levels=levels), size
+            yield f"small, {size} × {size}, attention {where}", sixteen._replace(attention_levels=levels), size
 
 
 def measure_cost(name, preset, size, device, precision, budget=2e10):

@@ -140,3 +140,9 @@ def test_growth(tiny, monkeypatch, capsys):
     assert small["parameters"] == large["parameters"]
     assert 4 < large["multiply_adds"] / small["multiply_adds"] < 16  # attention grows with the square of the pixels
     assert large["kept_bytes"] / small["kept_bytes"] == pytest.approx(4, rel=0.1)
+
+
+def test_every_network_of_the_growth_table_can_be_made():
+    for name, preset, _ in measure_speed.growth_nets():
+        network = measure_speed.CondUNet.from_preset(preset, 10)
+        assert network.attends == {*preset.attention_levels, "middle"}, name
