@@ -884,6 +884,7 @@ def crop(images, size):
     return images[:, :, top : top + size[0], left : left + size[1]]
 
 
+# %% 12. Sampling: one step by hand, then all
 # Small nets that are trained for seconds don't draw. So the last sections ask the network that a run has trained.
 def load_trained(lesson, script, *network_classes):
     """The denoiser in the checkpoint of the lesson's --out, and its `Run`. Raises NotTrained where there is none of
