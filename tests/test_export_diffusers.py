@@ -70,7 +70,6 @@ def test_a_change_of_any_parameter_is_noticed(lesson3, write_checkpoint, tmp_pat
     full = lesson3.PRESETS[preset]
     narrow = full._replace(
         widths=tuple(width // shrink for width in full.widths),
-        groups=full.groups // shrink,
         head_dim=full.head_dim // shrink,
     )
     monkeypatch.setitem(lesson3.PRESETS, "narrow", narrow)

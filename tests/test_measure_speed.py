@@ -119,16 +119,17 @@ def test_json_is_all_there_is_on_stdout(tiny, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert "torch" in found["machine"]
     names = [row["name"] for row in found["tables"]["training"]]
-    assert names == ["diffusers, float32", "by hand, float32", "ours, float32"]
+    assert names == ["diffusers, float32", "by hand, float32", "ours, float32", "ours, float32, Muon"]
     for row in found["tables"]["training"] + found["tables"]["sampling"]:
         assert row["rounds"] == 2
         assert row["images_per_second"]["median"] > 0
         assert row["memory_bytes"] > 0
         assert row["share_of_peak"] > 0
-    theirs, _, ours = found["tables"]["training"]
+    theirs, _, ours, muon = found["tables"]["training"]
     assert theirs["times_first"] == {"median": 1, "min": 1, "max": 1}
     assert theirs["operations_per_image"] == ours["operations_per_image"]
     assert ours["times_first"] == ours["times_diffusers"]
+    assert muon["operations_per_image"] == ours["operations_per_image"]  # the optimiser's are no image's
 
 
 def test_growth(tiny, monkeypatch, capsys):
