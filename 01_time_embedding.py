@@ -567,6 +567,7 @@ class Lesson:
 
     def __init__(self, script, in_main):
         parser = Parser(script, None)
+        self.script = script
         self.in_cells = in_main and Path(sys.argv[0]).resolve().name != script
         self.options = argparse.Namespace(out=parser.get_default("out"), data="auto", data_dir=None, device="auto")
         self.shows = []

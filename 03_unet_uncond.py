@@ -37,7 +37,6 @@ from data import NAMES, DataError, load
 lesson1 = importlib.import_module("01_time_embedding")
 NotTrained = lesson1.NotTrained
 Parser = lesson1.Parser
-TIME_SCALE = lesson1.TIME_SCALE
 noise_to_time = lesson1.noise_to_time
 plot_images = lesson1.plot_images
 plot_lines = lesson1.plot_lines
@@ -886,13 +885,14 @@ def crop(images, size):
 
 # %% 12. Sampling: one step by hand, then all
 # Small nets that are trained for seconds don't draw. So the last sections ask the network that a run has trained.
-def load_trained(lesson, script, *network_classes):
+def load_trained(lesson, *network_classes):
     """The denoiser in the checkpoint of the lesson's --out, and its `Run`. Raises NotTrained where there is none of
     these classes."""
     kinds = {network_class.__name__: network_class for network_class in network_classes}
     checkpoint = load_checkpoint(find_checkpoint(lesson.options))
     if not checkpoint or checkpoint["run"].network not in kinds:
-        raise NotTrained(f"for want of a trained network: python {script} --out {lesson.options.out} trains one")
+        command = f"python {lesson.script} --out {lesson.options.out}"
+        raise NotTrained(f"for want of a trained network: {command} trains one")
     run = checkpoint["run"]
     denoiser = make_denoiser(run, kinds[run.network], choose_device(str(lesson.options.device)), checkpoint["average"])
     print(f"   {run.title}, {checkpoint['step']:,} of {run.steps:,} steps")
@@ -924,7 +924,7 @@ def save_film(path, title, states, shown=4, columns=10):
 @lesson
 def show_sampling(out):
     """12. Sampling: one step by hand, then all"""
-    denoiser, run = load_trained(lesson, "03_unet_uncond.py", UNet, TimeUNet)
+    denoiser, run = load_trained(lesson, UNet, TimeUNet)
     noise = draw_noise(run, denoiser.device, [(0, 0, index) for index in range(4)])
     sigmas = noise_levels(18)
     x = sigmas[0] * noise  # n c h w: nothing but noise
@@ -949,7 +949,7 @@ def show_sampling(out):
 @lesson
 def show_few_steps(out):
     """13. Few steps or many, DDIM or DPM-Solver++(2M): distance from the end of the path"""
-    denoiser, run = load_trained(lesson, "03_unet_uncond.py", UNet, TimeUNet)
+    denoiser, run = load_trained(lesson, UNet, TimeUNet)
     noise = draw_noise(run, denoiser.device, [(0, 0, index) for index in range(6)])
     counts, ends = (3, 6, 12, 18, 36), {}  # ends: n 1 h w for each method and number of steps
     for method, steps in [("heun", 100), *((method, steps) for method in ("ddim", "dpm++") for steps in counts)]:
@@ -1201,9 +1201,7 @@ def get_denoiser(options, network_class, check=lambda run: None):
 def fit(run, denoiser, average, images, labels, checkpoint, path):
     """Train, or go on training, under a progress bar; save a checkpoint now and then, at the end, and when stopped."""
     preset = PRESETS[run.preset]
-    peak = (
-        preset.peak * (run.batch_size / preset.batch_size) ** 0.5
-    )  # a batch's gradient is noisy by 1 / sqrt(batch_size)
+    peak = preset.peak * (run.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch_size)
     optimizers = make_optimizers(denoiser, peak)
     done, losses = 0, torch.full((run.steps,), math.nan, device=images.device)
     if checkpoint:

@@ -1,7 +1,7 @@
 """Lesson 4: the U-Net gets attention and a class label, and draws the garment it is asked for.
 
-Running it trains the conditional model, in ten minutes on two CPU cores, and draws some of each class (lecture sections
-"attention in the U-Net" and "conditional model"; notebook 28).
+Running it trains the conditional model, in about ten minutes on two CPU cores, and draws some of each class (lecture
+sections "attention in the U-Net" and "conditional model"; notebook 28).
 
     python 04_unet_cond.py [--epochs E] [--data-dir DIR] [--help]
     python 04_unet_cond.py --sample-only --class "Ankle boot" --n 16
@@ -180,7 +180,7 @@ def draw_garments(denoise, noise, run):
 @lesson
 def show_labels(out):
     """2. The label: the same noise, every class"""
-    denoiser, run = load_trained(lesson, "04_unet_cond.py", CondUNet)
+    denoiser, run = load_trained(lesson, CondUNet)
     n, rows = len(run.classes), 4
     noise = draw_noise(run, denoiser.device, [(0, 0, row) for row in range(rows)]).repeat_interleave(n, dim=0)
     label = torch.arange(n, device=noise.device).repeat(rows)
@@ -220,7 +220,7 @@ def guide(denoiser, label, guidance):
 @lesson
 def show_guidance(out):
     """3. Guidance: a line through two predictions"""
-    denoiser, run = load_trained(lesson, "04_unet_cond.py", CondUNet)
+    denoiser, run = load_trained(lesson, CondUNet)
     n = len(run.classes)
     label = torch.arange(n, device=denoiser.device)
     noise = draw_noise(run, denoiser.device, [(0, int(i), 0) for i in label])
@@ -259,7 +259,7 @@ def blend(denoiser, one, other, steps):
 @lesson
 def show_blend(out):
     """4. From one class to another, through the embedding"""
-    denoiser, run = load_trained(lesson, "04_unet_cond.py", CondUNet)
+    denoiser, run = load_trained(lesson, CondUNet)
     n, steps = len(run.classes), 9
     pairs = [(one % n, other % n) for one, other in ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6))]
     names = [f"{run.classes[one]} to\n{run.classes[other]}" for one, other in pairs]
@@ -290,7 +290,7 @@ def catch_weights(layer, denoise, x, sigma):
 @lesson
 def show_look(out):
     """5. Where a pixel looks: in the last attention on the way up, by head and noise level"""
-    denoiser, run = load_trained(lesson, "04_unet_cond.py", CondUNet)
+    denoiser, run = load_trained(lesson, CondUNet)
     label = torch.tensor([len(run.classes) - 1], device=denoiser.device)
     denoise = guide(denoiser, label, 0)
     layer = [block for block in denoiser.network.up if isinstance(block, AttentionResBlock)][-1].attention

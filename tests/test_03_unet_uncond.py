@@ -191,7 +191,7 @@ def test_the_loss_is_the_error_of_the_network_itself(lesson3, time_unet):
     x0, noise, sigma = noisy(2, 2, 8, 8), noisy(2, 2, 8, 8), torch.tensor([0.1, 3.0])
     x = x0 + sigma.view(-1, 1, 1, 1) * noise
     c_skip, c_out, c_in = denoiser.scales(sigma.view(-1, 1, 1, 1))
-    output = time_unet(c_in * x, lesson3.TIME_SCALE * sigma.log() / 4)
+    output = time_unet(c_in * x, lesson3.lesson1.TIME_SCALE * sigma.log() / 4)
     expected = (output - (x0 - c_skip * x) / c_out).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(lesson3.denoising_loss(denoiser, x0, sigma, noise), expected, rtol=1e-3, atol=1e-5)
 
@@ -525,12 +525,12 @@ def test_sections_that_need_a_trained_network_ask_the_checkpoint(lesson3, tiny, 
     weights = lesson3.make_denoiser(tiny._replace(seed=1), lesson3.TimeUNet, torch.device("cpu")).state_dict()
     content = {"run": tiny._asdict(), "step": 1, "average": weights}
     lesson3.save_checkpoint(tmp_path / "checkpoint.pt", content)
-    denoiser, run = lesson3.load_trained(lesson3.lesson, "03_unet_uncond.py", lesson3.TimeUNet)
+    denoiser, run = lesson3.load_trained(lesson3.lesson, lesson3.TimeUNet)
     assert run == tiny
     for name, weight in denoiser.state_dict().items():
         torch.testing.assert_close(weight.cpu(), weights[name])
     with pytest.raises(lesson3.NotTrained):
-        lesson3.load_trained(lesson3.lesson, "04_unet_cond.py", lesson3.UNet)
+        lesson3.load_trained(lesson3.lesson, lesson3.UNet)
     for section in sections:
         lesson3.lesson.run(section)
     printed = capsys.readouterr().out
@@ -538,7 +538,7 @@ def test_sections_that_need_a_trained_network_ask_the_checkpoint(lesson3, tiny, 
     assert "largest difference: 0\n" in printed
     lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(widths=(16, 16))
     with pytest.raises(lesson3.UserError, match="--restart"):
-        lesson3.load_trained(lesson3.lesson, "03_unet_uncond.py", lesson3.TimeUNet)
+        lesson3.load_trained(lesson3.lesson, lesson3.TimeUNet)
 
 
 def run_cells(script, folder, changes, monkeypatch):

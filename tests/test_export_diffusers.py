@@ -35,7 +35,7 @@ def write_checkpoint(lesson3, lesson4, redraw, tmp_path):
 
 def make_inputs(lesson3, denoiser, n=3):
     """Activations, times, and labels, of which the first is "no label"."""
-    time = lesson3.TIME_SCALE * torch.empty(n).uniform_(-1, 1.1)  # more than ln(sigma) / 4 ever is
+    time = lesson3.lesson1.TIME_SCALE * torch.empty(n).uniform_(-1, 1.1)  # more than ln(sigma) / 4 ever is
     unit = 2 ** (len(denoiser.network.widths) - 1)  # the lowest level has 2 × 3 pixels
     return torch.randn(n, denoiser.patch**2, 2 * unit, 3 * unit), time, torch.tensor([10, 0, 9])[:n]
 
@@ -170,7 +170,7 @@ def test_the_lines_in_readme_draw_what_lesson_4_draws(
     lesson3, lesson4, write_checkpoint, compare, tmp_path, monkeypatch, patch
 ):
     (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert f" {lesson3.TIME_SCALE} * time" in lines
+    assert f" {lesson3.lesson1.TIME_SCALE} * time" in lines
     tiny = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=2, head_dim=8, patch=patch)
     monkeypatch.setitem(lesson3.PRESETS, "tiny", tiny)
     denoiser, path = write_checkpoint("CondUNet", "tiny", size=(8, 12))

@@ -172,7 +172,7 @@ def change_one_by_one(lesson3, lesson4, network):
 def test_cond_unet(lesson3, lesson4, redraw, compare, arguments, shape, dtype, tolerance):
     *_, groups, _, head_dim, n_classes = arguments
     network = redraw(lesson4.CondUNet(*arguments).to(dtype))
-    x, time, label = random_inputs(shape, n_classes, 1.1 * lesson3.TIME_SCALE, dtype)
+    x, time, label = random_inputs(shape, n_classes, 1.1 * lesson3.lesson1.TIME_SCALE, dtype)
 
     def expect(label):
         return reference.cond_unet(*numbers(x, time), label, arrays(network), groups, head_dim)
@@ -195,7 +195,7 @@ def test_cond_unet(lesson3, lesson4, redraw, compare, arguments, shape, dtype, t
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_the_simpler_networks_of_lesson_3(lesson3, redraw, compare, dtype, tolerance):
     for (channels, widths, depth, groups, *_), shape in random_networks(6):
-        x, time, _ = random_inputs(shape, 1, lesson3.TIME_SCALE, dtype)
+        x, time, _ = random_inputs(shape, 1, lesson3.lesson1.TIME_SCALE, dtype)
         for network_class in (lesson3.UNet, lesson3.TimeUNet):
             network = redraw(network_class(channels, widths, depth, groups).to(dtype))
             expected = reference.cond_unet(*numbers(x, time), None, arrays(network), groups)
@@ -208,7 +208,7 @@ def test_presets(lesson3, lesson4, redraw, compare, name):
     preset = lesson3.PRESETS[name]
     network = redraw(lesson4.CondUNet.from_preset(preset, 10).double())
     side = 16 // preset.patch
-    x, time, label = random_inputs((1, preset.patch**2, side, side), 10, lesson3.TIME_SCALE, torch.float64)
+    x, time, label = random_inputs((1, preset.patch**2, side, side), 10, lesson3.lesson1.TIME_SCALE, torch.float64)
     with torch.no_grad():
         result = network(x, time, label)
     expected = reference.cond_unet(
@@ -231,7 +231,7 @@ def sides(lesson3, lesson4, redraw):
         def forward(x, time, label):
             return reference.cond_unet(x, time, label, parameters, groups=3, head_dim=6)
 
-        settings = {"sigma_data": sigma_data, "patch": patch, "time_scale": lesson3.TIME_SCALE}
+        settings = {"sigma_data": sigma_data, "patch": patch, "time_scale": lesson3.lesson1.TIME_SCALE}
         return lesson3.Denoiser(network, sigma_data, patch), partial(reference.denoise, forward, **settings)
 
     return make
