@@ -192,7 +192,7 @@ if __name__ == "__main__":
 # notebook 26 the noise level sigma as it is.
 TIME_SCALE = 1000
 LOG_SIGMA = (-1.2, 1.2)  # mean and standard deviation of ln(sigma) in training (Karras et al. 2022, table 1)
-SIGMA_RANGE = (0.05, 80.0)  # in sampling
+SIGMA_RANGE = (0.01, 80.0)  # in sampling
 
 
 def noise_to_time(sigma):

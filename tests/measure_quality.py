@@ -35,7 +35,7 @@ UserError = lesson3.UserError
 
 SAMPLES = {"measure": 10_000, "sweep": 2_000, "ladder": 5_000}
 SWEPT_STEPS = (4, 6, 9, 12, 18, 36)
-SWEPT_GUIDANCE = (0, 0.25, 0.5, 1, 2)
+SWEPT_GUIDANCE = (0, 0.5, 1, 1.5, 2, 3)
 
 
 # %% The samples
@@ -388,7 +388,7 @@ def make_parser():
     add("--n", metavar="N", type=n, help="samples ({measure:,}; sweep {sweep:,}; ladder {ladder:,})".format(**SAMPLES))
     add("--method", choices=("ddim", "dpm++", "heun"), default="dpm++", help="the sampler (%(default)s)")
     add("--steps", metavar="S", type=count, default=18, help="network evaluations for a sample (%(default)s)")
-    add("--guidance", metavar="W", type=guidance, help="where there is a label (0.5)")
+    add("--guidance", metavar="W", type=guidance, help=f"where there is a label ({lesson4.GUIDANCE:g})")
     add("--sweep", action="store_true", help="the distance against steps, and against guidance")
     add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
@@ -415,7 +415,7 @@ def start(options):
         if options.guidance is not None and run.network != "CondUNet":
             raise UserError(f"--guidance: {run.network} in {options.checkpoint} has no label to be guided by")
     if options.guidance is None and (options.ladder or run.network == "CondUNet"):
-        options.guidance = 0.5
+        options.guidance = lesson4.GUIDANCE
     train, test = (data.load("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
     unknown = {train.name, train.name if options.ladder else run.data} - {"Fashion-MNIST"}
     if unknown:

@@ -162,7 +162,7 @@ def test_directions_hold_99_percent(name):
 
 def test_ranges():
     low, high = lesson.RANGES["lesson 3, 1000 ln(sigma) / 4"].tolist()
-    assert low == pytest.approx(1000 * math.log(0.05) / 4) and high == pytest.approx(1000 * math.log(80) / 4)
+    assert low == pytest.approx(1000 * math.log(0.01) / 4) and high == pytest.approx(1000 * math.log(80) / 4)
     assert (high - low) / 20 > 2 * math.pi  # section 3 says: between two of 20 steps the fastest hand goes round
     low, high = lesson.RANGES["notebook 26, sigma in 95 % of training"].tolist()
     sigma = np.exp(np.random.default_rng(0).normal(-1.2, 1.2, 100_000))

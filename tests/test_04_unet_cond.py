@@ -147,11 +147,31 @@ def test_guidance_is_a_line_through_two_predictions(lesson3, lesson4, cond_unet,
     x, sigma, label = torch.randn(3, 2, 8, 8), torch.tensor([0.1, 1.0, 9.0]), torch.tensor([2, 0, 1])
     calls = []
     cond_unet.register_forward_hook(lambda *_: calls.append(1))
-    guided = lesson4.guide(denoiser, label, guidance)(x, sigma)
+    guided = lesson4.guide(denoiser, label, guidance, below=9)(x, sigma)
     assert len(calls) == 1
     with_label, without = denoiser(x, sigma, label), denoiser(x, sigma, torch.full((3,), 3))
     assert (with_label - without).abs().max() > 1e-2
     torch.testing.assert_close(guided, (1 + guidance) * with_label - guidance * without, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("guidance", "guided"), [(0.7, [True, True, False]), (-1.0, [True] * 3), (0, [False] * 3)])
+def test_guidance_begins_where_the_noise_is_down(lesson3, lesson4, cond_unet, guidance, guided, dtype):
+    denoiser = lesson3.Denoiser(cond_unet.to(dtype), 0.6)
+    x, sigma = torch.randn(3, 2, 8, 8, dtype=dtype), torch.tensor([0.1, 3.0, 3.01], dtype=dtype)
+    label = torch.tensor([2, 0, 1])
+    images = []
+    cond_unet.register_forward_hook(lambda _, inputs, output: images.append(len(output)))
+    denoise = lesson4.guide(denoiser, label, guidance)
+    found = denoise(x, sigma)
+    for guided_one, x0_hat, plain, other in zip(
+        guided, found, denoiser(x, sigma, label), denoiser(x, sigma, torch.full((3,), 3)), strict=True
+    ):
+        expected = plain + guidance * (plain - other) if guided_one else plain
+        limit = 1e-12 if dtype == torch.float64 else 1e-4
+        torch.testing.assert_close(x0_hat, expected, rtol=limit, atol=limit)
+    denoise(x[2:].expand(3, -1, -1, -1), sigma[2:].expand(3))  # all above: without the half that isn't needed
+    assert images == [6 if guidance else 3, 3, 3, 6 if guidance < 0 else 3]
 
 
 @pytest.mark.parametrize(

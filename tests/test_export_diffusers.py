@@ -182,6 +182,6 @@ def test_the_lines_in_readme_draw_what_lesson_4_draws(
     exec(compile(lines, "README.md", "exec"), names)
     torch.manual_seed(1)
     noise = torch.nn.functional.pixel_shuffle(torch.randn(16, patch**2, 8 // patch, 12 // patch), patch)
-    denoise = lesson4.guide(denoiser, torch.full((16,), 9), 0.5)
+    denoise = lesson4.guide(denoiser, torch.full((16,), 9), lesson4.GUIDANCE)
     *_, (_, images, _) = lesson3.sample(denoise, noise, lesson3.noise_levels(18))
     compare("README's lines, 18 guided steps", names["x"], images, TOLERANCE)

@@ -158,7 +158,8 @@ def test_heun_takes_as_many_evaluations_as_the_others(tiny):
         assert images.shape == (12, 1, 28, 28)
         assert images.abs().max() <= 1
         assert labels.tolist() == [*range(10), 0, 1]
-        assert calls[0][2].tolist() == [*range(10), 0, 1, *[10] * 12]  # asked for, and no label
+        assert calls[0][2].tolist() == [*range(10), 0, 1]  # asked for,
+        assert calls[-1][2].tolist() == [*range(10), 0, 1, *[10] * 12]  # and in the end no label as well
     assert counts == {"ddim": 7, "dpm++": 7, "heun": 7}
 
 
@@ -202,12 +203,12 @@ def written(text):
     return [line.rpartition("/")[2] for line in text.splitlines() if line.startswith("wrote ")]
 
 
-def test_a_checkpoint_is_measured(tiny, command, tmp_path):
+def test_a_checkpoint_is_measured(tiny, command, lesson4, tmp_path):
     text = command(tiny("CondUNet"), "--n", 20, "--steps", 2, "--method", "heun")
     for name in ("samples", "training images", "white noise"):
         assert text.count(f"\n{name} ") == 2 + 1 + (name == "samples")  # judges, neighbours, what is measured
     assert all(f"\n{name}" in text for name in CLASSES)
-    assert "guidance 0.5" in text
+    assert f"guidance {lesson4.GUIDANCE:g}" in text
     assert written(text) == ["confusion.png", "nearest.png"]
     assert (tmp_path / "quality" / "nearest.png").exists()
 
@@ -224,7 +225,7 @@ def test_a_network_without_label_gets_no_figures_of_classes(tiny, command, name)
 def test_the_sweep(tiny, command, monkeypatch):
     monkeypatch.setattr(measure_quality, "SWEPT_STEPS", (1, 2))
     monkeypatch.setattr(measure_quality, "SWEPT_GUIDANCE", (0, 0.5, 1))
-    text = command(tiny("CondUNet"), "--sweep", "--n", 20, "--steps", 2)
+    text = command(tiny("CondUNet"), "--sweep", "--n", 20, "--steps", 2, "--guidance", 0.5)
     rows = [line.split()[:2] for line in text.splitlines() if line[:5].isspace()]
     assert [row for row in rows if row[0].isdecimal()] == [["1", "0.5"], ["2", "0.5"], ["2", "0"], ["2", "1"]]
     assert written(text) == ["sweep_dpm++.png"]

@@ -107,6 +107,12 @@ def test_competitors_have_the_same_structure(network_class, tiny, lesson3):
     assert counts["ours"] == counts["by hand"] == counts["diffusers"]
 
 
+def test_two_evaluations_have_guidance_where_half_of_18_have(lesson3, lesson4):
+    for evaluations in (2, 18):
+        guided = [sigma <= lesson4.GUIDED_BELOW for sigma in lesson3.noise_levels(evaluations)[:-1]]
+        assert 2 * sum(guided) == evaluations
+
+
 def test_json_is_all_there_is_on_stdout(tiny, monkeypatch, capsys):
     def make_tables(device, precisions, batch_size):
         training = list(measure_speed.training_tasks(measure_speed.CondUNet, tiny, [None], steps=1))
