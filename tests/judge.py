@@ -51,14 +51,15 @@ def residual():
 
 
 def plain():
-    """Five convolutions, 32 to 256 channels, maxima, no shortcuts (after Simonyan and Zisserman 2014, "VGG")."""
+    """Six convolutions, 32 to 256 channels, maxima, no shortcuts (after Simonyan and Zisserman 2014, "VGG")."""
 
     def layer(in_channels, out_channels):
         convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
 
     halve = nn.MaxPool2d(2)
-    return nn.Sequential(layer(1, 32), halve, layer(32, 64), layer(64, 64), halve, layer(64, 128), layer(128, 256))
+    large, middle = (layer(1, 32), layer(32, 32)), (layer(32, 64), layer(64, 64))
+    return nn.Sequential(*large, halve, *middle, halve, layer(64, 128), layer(128, 256))
 
 
 ARCHITECTURES = {"residual": residual, "plain": plain}
