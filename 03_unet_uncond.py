@@ -805,7 +805,7 @@ class Run(NamedTuple):
 
     @property
     def title(self):
-        return f"{self.data}, {self.network}, {self.preset}, {self.epochs:g} epochs"
+        return f"{self.data}, {self.network}, {self.preset}, {self.epochs:g} epoch{'s' * (self.epochs != 1)}"
 
 
 class UserError(Exception):

@@ -202,7 +202,7 @@ def show_labels(out):
 # guidance makes the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW
 # (Kynkäänniemi et al. 2024), which leaves half of the steps half of the work. The numbers below tell what it would do
 # from the start.
-GUIDANCE, GUIDED_BELOW = 1.1, 3  # what a run draws with
+GUIDANCE, GUIDED_BELOW = 1.2, 3  # what a run draws with
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):

@@ -338,7 +338,7 @@ def climb(options, train, panel):
         yield "training images", panel.judge(baselines.images, baselines.labels)
         yield "white noise", panel.judge(baselines.noise, baselines.labels)
 
-    title = f"{run.data}, preset {run.preset}, {run.epochs:g} epochs each; {options.n:,} samples"
+    title = f"{run.data}, preset {run.preset}, {run.steps:,} steps of training each; {options.n:,} samples"
     print(f"\n{title}, {options.method}, {options.steps} evaluations a sample")
     print("ms: training on one image, without the optimiser; distances on plain features (kernel: times 1000)")
     print_both(f"{'':18}{'parameters':>12}{'ms':>8}", measure_rungs())
