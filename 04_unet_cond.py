@@ -202,7 +202,8 @@ def show_labels(out):
 # guidance makes the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW
 # (Kynkäänniemi et al. 2024), which leaves half of the steps half of the work. The numbers below tell what it would do
 # from the start.
-GUIDANCE, GUIDED_BELOW = 1.2, 3  # what a run draws with
+GUIDANCE, GUIDED_BELOW = 1.2, 3  # what a run draws with;
+GUIDANCE_PRETRAINED = 0.8  # a network that was trained for longer needs less
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
@@ -349,6 +350,8 @@ def main(options):
     if options.pretrained and options.restart:
         raise UserError("--pretrained draws from weights as they are: leave out --restart, which trains anew")
     options.sample_only |= options.pretrained
+    if options.guidance is None:
+        options.guidance = GUIDANCE_PRETRAINED if options.pretrained else GUIDANCE
     denoiser, run = get_denoiser(options, CondUNet, check=lambda run: find_classes(options.only, run.classes))
     wanted = find_classes(options.only, run.classes)
     starts = [(options.seed, number, index) for number in wanted for index in range(options.n)]
@@ -368,8 +371,8 @@ if __name__ == "__main__":
         "--guidance",
         metavar="W",
         type=guidance,
-        default=GUIDANCE,
-        help="how strongly the label guides: 0 is the label as it is, -1 none (%(default)s)",
+        help="how strongly the label guides: 0 is the label as it is, -1 none "
+        f"({GUIDANCE:g}; with --pretrained {GUIDANCE_PRETRAINED:g})",
     )
     parser.add_argument("--pretrained", action="store_true", help="don't train: take the weights in data/pretrained")
     parser.set_defaults(n=10)
