@@ -202,8 +202,8 @@ def show_labels(out):
 # guidance makes the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW
 # (Kynkäänniemi et al. 2024), which leaves half of the steps half of the work. The numbers below tell what it would do
 # from the start.
-GUIDANCE, GUIDED_BELOW = 1.2, 3  # what a run draws with;
-GUIDANCE_PRETRAINED = 0.8  # a network that was trained for longer needs less
+GUIDANCE, GUIDED_BELOW = 1.2, 3  # what a run draws with
+GUIDANCE_PRETRAINED = 0.8  # what --pretrained draws with: a network that was trained for longer needs less
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
@@ -250,7 +250,7 @@ def show_guidance(out):
         rows.append(images[:n])
         apart.append(spread(images.unflatten(0, (many, n))))
         print(f"   {name:14}: garments of a class {apart[-1]:.2f} apart; mean pixel {images.mean():.2f}")
-    title = f"Garments of a class are {apart[0]:.2f} apart, and {apart[3]:.2f} with guidance 3 from the start"
+    title = f"Garments of a class are {apart[0]:.2f} apart, and {apart[-1]:.2f} with guidance 3 from the start"
     save_images(out / "03_guidance.png", f"{title} ({run.data})", torch.cat(rows), n, list(settings))
 
 
