@@ -27,6 +27,13 @@ HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 plt.rcParams.update({"figure.constrained_layout.use": True, "image.cmap": "gray", "savefig.dpi": 120})
 
 
+def make_folder(path):
+    """Make a folder where there is none, and write to it: better to know now than after an hour of training. Raises
+    OSError."""
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+
+
 class Parser(argparse.ArgumentParser):
     """A command line whose errors are one line, with exit status 2. --out is where pictures go, by default runs/NAME.
 
@@ -44,8 +51,7 @@ class Parser(argparse.ArgumentParser):
             args = []  # run cell by cell in an editor: the command line is the editor's
         options = super().parse_args(args, namespace)
         try:
-            options.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=options.out).close()  # better to know now than after an hour of training
+            make_folder(options.out)
         except OSError as error:
             self.error(f"--out must be a folder that can be written to ({error})")
         return options

@@ -856,8 +856,8 @@ def load_checkpoint(path):
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return content | {"run": Run(**content["run"])}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        return {**content, "run": Run(**content["run"]), "step": content["step"], "average": content["average"]}
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
 
 

@@ -202,8 +202,12 @@ def show_labels(out):
 # guidance makes the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW
 # (Kynkäänniemi et al. 2024), which leaves half of the steps half of the work. The numbers below tell what it would do
 # from the start.
-GUIDANCE, GUIDED_BELOW = 1.2, 3  # what a run draws with
-GUIDANCE_PRETRAINED = 0.8  # what --pretrained draws with: a network that was trained for longer needs less
+GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.2, 0.8, 3
+
+
+def choose_guidance(run):
+    """What the network of a `Run` is drawn from with. One that was trained for long needs less."""
+    return GUIDANCE if run.epochs < 10 else GUIDANCE_LATER
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
@@ -350,17 +354,16 @@ def main(options):
     if options.pretrained and options.restart:
         raise UserError("--pretrained draws from weights as they are: leave out --restart, which trains anew")
     options.sample_only |= options.pretrained
-    if options.guidance is None:
-        options.guidance = GUIDANCE_PRETRAINED if options.pretrained else GUIDANCE
     denoiser, run = get_denoiser(options, CondUNet, check=lambda run: find_classes(options.only, run.classes))
     wanted = find_classes(options.only, run.classes)
+    guidance = choose_guidance(run) if options.guidance is None else options.guidance
     starts = [(options.seed, number, index) for number in wanted for index in range(options.n)]
     label = torch.tensor([number for _, number, _ in starts], device=options.device)
-    title = f"{run.title}, {options.steps} steps, guidance {options.guidance:g}"
+    title = f"{run.title}, {options.steps} steps, guidance {guidance:g}"
     layout = {"rows": run.classes, "columns": options.n}
     if options.only is not None:
         title, layout = f"{run.classes[wanted[0]]}: {title}", {"columns": 8}
-    draw(lambda chosen: guide(denoiser, label[chosen], options.guidance), starts, run, options, title, **layout)
+    draw(lambda chosen: guide(denoiser, label[chosen], guidance), starts, run, options, title, **layout)
 
 
 if __name__ == "__main__":
@@ -372,7 +375,7 @@ if __name__ == "__main__":
         metavar="W",
         type=guidance,
         help="how strongly the label guides: 0 is the label as it is, -1 none "
-        f"({GUIDANCE:g}; with --pretrained {GUIDANCE_PRETRAINED:g})",
+        f"({GUIDANCE:g}; of a network trained for 10 epochs or more {GUIDANCE_LATER:g})",
     )
     parser.add_argument("--pretrained", action="store_true", help="don't train: take the weights in data/pretrained")
     parser.set_defaults(n=10)

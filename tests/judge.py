@@ -115,7 +115,8 @@ def train(judge, name, images, labels, epochs=10, batch_size=128, rate=2e-3, see
 def get_judge(name, images, labels):
     """The judge of that name that is kept under runs/; where there is none, one is trained on these images and kept.
 
-    images and labels as for `train`; the judge comes to their device. Raises JudgeError where the file is broken.
+    images and labels as for `train`; the judge comes to their device. Raises JudgeError where the file is broken, or
+    can't be written.
     """
     path, seed = KEPT / f"{name}.pt", list(ARCHITECTURES).index(name)
     torch.manual_seed(seed)
@@ -123,12 +124,18 @@ def get_judge(name, images, labels):
     if path.exists():
         try:
             judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
             raise JudgeError(f"{path}: damaged, or of another version; delete it, and one is trained anew") from error
     else:
-        train(judge, name, images, labels, seed=seed)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(judge.state_dict(), path)
+        part = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:  # if that can't be, it's better to know before the training
+                train(judge, name, images, labels, seed=seed)
+                torch.save(judge.state_dict(), file)
+            part.replace(path)
+        except OSError as error:
+            raise JudgeError(f"{path}: can't be written, but a judge is trained only once ({error})") from error
     return judge.eval()
 
 

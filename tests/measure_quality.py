@@ -34,6 +34,7 @@ reference = importlib.import_module("reference_numpy")
 UserError = lesson3.UserError
 
 SAMPLES = {"measure": 10_000, "sweep": 2_000, "ladder": 5_000}
+LADDER_EPOCHS = 2
 SWEPT_STEPS = (4, 6, 9, 12, 18, 36)
 SWEPT_GUIDANCE = (0, 0.5, 1, 1.5, 2, 3)
 
@@ -62,14 +63,19 @@ def load_denoiser(path, device):
     return denoiser.eval().requires_grad_(False), run
 
 
+def count_evaluations(method, steps):
+    """The network evaluations of a method that is allowed so many: Heun's takes two a step, but one in the last."""
+    return steps - (method == "heun" and steps % 2 == 0)
+
+
 def draw_samples(denoiser, run, n, steps=18, guidance=None, method="dpm++", batch_size=250):
     """n images, float32 (n, 1, height, width) in [-1, 1], and the labels (n,) asked for: the classes in turn.
 
-    steps: network evaluations a sample. guidance: None if no label is given; then the second result is None, too.
+    steps: network evaluations a sample, as `count_evaluations` allows. guidance: None if no label is given; then the
+    second result is None, too.
     """
     counts = torch.arange(n)
     labels = None if guidance is None else counts % len(run.classes)
-    # Heun's method evaluates twice a step, but for the last one
     sigmas = lesson3.noise_levels((steps + 1) // 2 if method == "heun" else steps)
     images = []
     for chosen in tqdm(counts.split(batch_size), desc="sampling", leave=False, disable=None):
@@ -275,9 +281,11 @@ def measure(options, denoiser, run, train, test, panel):
 def sweep(options, denoiser, run, train, panel):
     """Distances against steps, and against guidance where there is a label; the other is the command line's."""
     floor = panel.judge(Baselines(train, options.n).images)
-    swept = {"network evaluations a sample": [(steps, options.guidance) for steps in SWEPT_STEPS]}
+    counts = {count_evaluations(options.method, steps) for steps in SWEPT_STEPS}
+    swept = {"network evaluations a sample": [(steps, options.guidance) for steps in sorted({*counts, options.steps})]}
     if options.guidance is not None:
-        swept["guidance"] = [(options.steps, guidance) for guidance in SWEPT_GUIDANCE]
+        amounts = sorted({*SWEPT_GUIDANCE, options.guidance})
+        swept["guidance"] = [(options.steps, guidance) for guidance in amounts]
     found = {}  # (steps, guidance): the verdicts
 
     def measure_settings():
@@ -305,8 +313,8 @@ def sweep(options, denoiser, run, train, panel):
 def climb(options, train, panel):
     """Train the four networks, on the same images, and sample each; the last one with guidance, too.
 
-    The same budget is the same number of images, in the same batches with the same noise: so it comes out the same on
-    every machine. What a network takes longer for them stands in the table.
+    The same budget is the same number of images, in the same batches with the same noise: so it doesn't depend on how
+    fast the machine is. What a network takes longer for them stands in the table.
     """
     networks = {}
     for name, network_class in NETWORKS.items():
@@ -315,14 +323,15 @@ def climb(options, train, panel):
         settings.out = options.out / name
         settings.out.mkdir(exist_ok=True)
         networks[name] = lesson3.get_denoiser(settings, network_class)
+    _, run = networks["CondUNet"]
+    guidance = lesson4.choose_guidance(run) if options.guidance is None else options.guidance
     rungs = {
         "without time": ("UNet", None),
         "with time": ("TimeUNet", None),
         "with attention": ("UnlabelledUNet", None),
         "with the label": ("CondUNet", 0.0),
-        f"with guidance {options.guidance:g}": ("CondUNet", options.guidance),
+        f"with guidance {guidance:g}": ("CondUNet", guidance),
     }
-    _, run = networks["CondUNet"]
     milliseconds = measure_milliseconds({name: denoiser for name, (denoiser, _) in networks.items()}, run)
     shown, found = [], {}
 
@@ -387,16 +396,16 @@ def make_parser():
     add("checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="checkpoint.pt of a run of 03 or 04")
     add("--n", metavar="N", type=n, help="samples ({measure:,}; sweep {sweep:,}; ladder {ladder:,})".format(**SAMPLES))
     add("--method", choices=("ddim", "dpm++", "heun"), default="dpm++", help="the sampler (%(default)s)")
-    add("--steps", metavar="S", type=count, default=18, help="network evaluations for a sample (%(default)s)")
-    add("--guidance", metavar="W", type=guidance, help=f"where there is a label ({lesson4.GUIDANCE:g})")
+    add("--steps", metavar="S", type=count, default=18, help="network evaluations for a sample (%(default)s; heun 17)")
+    add("--guidance", metavar="W", type=guidance, help="where there is a label (as in 04)")
     add("--sweep", action="store_true", help="the distance against steps, and against guidance")
     add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
     add("--out", metavar="DIR", type=Path, help="folder for pictures (quality/ beside the checkpoint, or runs/ladder)")
     ladder = parser.add_argument_group("the ladder")
     ladder.add_argument("--ladder", action="store_true", help="train and measure the networks of lessons 3 and 4")
-    ladder.add_argument("--epochs", metavar="E", type=epochs, default=2.0, help="for each network (%(default)s)")
-    ladder.add_argument("--preset", choices=lesson3.PRESETS, default="small", help="(%(default)s)")
+    ladder.add_argument("--epochs", metavar="E", type=epochs, help=f"for each network ({LADDER_EPOCHS})")
+    ladder.add_argument("--preset", choices=lesson3.PRESETS, help="(small)")
     ladder.add_argument("--restart", action="store_true", help="train anew, whatever checkpoints are there")
     parser.set_defaults(data="fashion-mnist", batch_size=None, seed=0, sample_only=False)  # for get_denoiser
     return parser
@@ -408,21 +417,30 @@ def start(options):
         raise UserError("either a CHECKPOINT, or --ladder, which trains its own")
     if options.ladder and options.sweep:
         raise UserError("--sweep needs a CHECKPOINT; the ladder's are in runs/ladder")
+    if not options.ladder and (options.epochs or options.preset or options.restart):
+        raise UserError("--epochs, --preset and --restart are the ladder's: a CHECKPOINT is measured as it is")
+    options.epochs, options.preset = options.epochs or LADDER_EPOCHS, options.preset or "small"
     options.device = lesson3.choose_device(options.device)
+    options.steps = count_evaluations(options.method, options.steps)
     options.n = options.n or SAMPLES["ladder" if options.ladder else "sweep" if options.sweep else "measure"]
     if options.checkpoint:
         denoiser, run = load_denoiser(options.checkpoint, options.device)
         if options.guidance is not None and run.network != "CondUNet":
             raise UserError(f"--guidance: {run.network} in {options.checkpoint} has no label to be guided by")
-    if options.guidance is None and (options.ladder or run.network == "CondUNet"):
-        options.guidance = lesson4.GUIDANCE
+        if options.guidance is None and run.network == "CondUNet":
+            options.guidance = lesson4.choose_guidance(run)
     train, test = (data.load("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
-    unknown = {train.name, train.name if options.ladder else run.data} - {"Fashion-MNIST"}
-    if unknown:
-        raise UserError(f"the judges know Fashion-MNIST, and not {', '.join(unknown)}")
+    sources = {"training images": train[2:], "test images": test[2:]}  # classes, name
+    if options.checkpoint:
+        sources[options.checkpoint] = tuple(run.classes), run.data
+    for place, source in sources.items():
+        if source != (data.fashion_mnist.CLASSES, "Fashion-MNIST"):
+            raise UserError(f"{place}: the judges know Fashion-MNIST's own files alone, and not {source[1]!r}")
+    if options.n > len(train.labels):
+        raise UserError(f"--n {options.n}: at most {len(train.labels)}, for as many training images stand beside them")
     options.out = options.out or (ROOT / "runs" / "ladder" if options.ladder else options.checkpoint.parent / "quality")
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        lesson1.make_folder(options.out)
     except OSError as error:
         raise UserError(f"--out must be a folder that can be written to ({error})") from error
     panel = Panel(train, test, options.device)

@@ -130,15 +130,15 @@ def test_baselines_have_equally_many_of_each_class(sets):
 
 
 @pytest.fixture
-def tiny(lesson3, monkeypatch, tmp_path):
+def tiny(lesson3, redraw, monkeypatch, tmp_path):
     """tiny(network's name): the path of a checkpoint of such a network, with weights that nobody has trained."""
     preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=2, head_dim=8, batch_size=4)
     monkeypatch.setitem(lesson3.PRESETS, "small", preset)
 
-    def tiny(name, data_name="Fashion-MNIST"):
-        run = lesson3.Run(name, "small", 1.0, 4, 0, data_name, 40, CLASSES, (28, 28), 0.7)
+    def tiny(name, data_name="Fashion-MNIST", classes=CLASSES, epochs=1.0):
+        run = lesson3.Run(name, "small", epochs, 4, 0, data_name, 40, classes, (28, 28), 0.7)
         network_class = measure_quality.NETWORKS.get(name, lesson3.UNet)
-        denoiser = lesson3.make_denoiser(run, network_class, torch.device("cpu"))
+        denoiser = redraw(lesson3.make_denoiser(run, network_class, torch.device("cpu")))
         content = {"run": run._asdict(), "step": 1, "losses": torch.zeros(1), "average": denoiser.state_dict()}
         lesson3.save_checkpoint(tmp_path / "checkpoint.pt", content)
         return tmp_path / "checkpoint.pt"
@@ -146,7 +146,7 @@ def tiny(lesson3, monkeypatch, tmp_path):
     return tiny
 
 
-def test_heun_takes_as_many_evaluations_as_the_others(tiny):
+def test_heun_takes_as_many_evaluations_as_the_others_or_one_less(tiny):
     denoiser, run = measure_quality.load_denoiser(tiny("CondUNet"), torch.device("cpu"))
     counts = {}
     for method in ("ddim", "dpm++", "heun"):
@@ -166,9 +166,117 @@ def test_heun_takes_as_many_evaluations_as_the_others(tiny):
 def test_a_sample_is_the_same_in_any_batch(tiny):
     denoiser, run = measure_quality.load_denoiser(tiny("CondUNet"), torch.device("cpu"))
     denoiser.precision = None
-    few, _ = measure_quality.draw_samples(denoiser, run, 5, 2, 0.5, batch_size=5)
-    more, _ = measure_quality.draw_samples(denoiser, run, 11, 2, 0.5, batch_size=3)
-    torch.testing.assert_close(more[:5], few)
+    few, _ = measure_quality.draw_samples(denoiser, run, 11, 2, 0.5, batch_size=11)
+    more, _ = measure_quality.draw_samples(denoiser, run, 13, 2, 0.5, batch_size=3)
+    torch.testing.assert_close(more[:11], few)
+    assert (few[0] - few[10]).abs().max() > 0.1  # of one class, and not one image
+    rows = denoiser.network.embed_label.weight
+    rows[:] = rows[[1, 0, *range(2, 11)]]
+    other, _ = measure_quality.draw_samples(denoiser, run, 11, 2, 0.5, batch_size=3)
+    changed = (other - few).flatten(1).abs().amax(dim=1) > 1e-3
+    assert changed.nonzero().flatten().tolist() == [0, 1, 10]  # those that were told one of these two labels
+
+
+# The judges
+
+
+@pytest.fixture
+def striped():
+    """striped(n): n images, uint8 (n, 28, 28), with noise and a bright stripe where the class says; labels (n,)."""
+
+    def striped(n):
+        labels = torch.arange(n) % 10
+        images = torch.randint(0, 60, (n, 28, 28), dtype=torch.uint8)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            image[2 * label + 4] = 255  # across, so that it stays what it is when mirrored
+        return images, labels
+
+    return striped
+
+
+@pytest.mark.parametrize("name", ["residual", "plain"])
+def test_a_judge_learns_and_is_kept(name, striped, monkeypatch, tmp_path):
+    monkeypatch.setattr(judge, "KEPT", tmp_path / "judge")
+    monkeypatch.setattr(judge, "augment", lambda x, generator: x)  # the stripes are two pixels apart
+    monkeypatch.setattr(judge.train, "__defaults__", (5, 20, 2e-3, 0))  # epochs, batch size, rate, seed
+    learned = judge.get_judge(name, *striped(200))
+    images, labels = striped(100)
+    features, taken_for = judge.look(learned, judge.to_range(images), batch_size=30)
+    assert features.shape == (100, 256)
+    assert (taken_for == labels).float().mean() > 0.9
+    assert [path.name for path in tmp_path.glob("judge/*")] == [f"{name}.pt"]
+    monkeypatch.setattr(judge, "train", None)
+    kept = judge.get_judge(name, images, labels)
+    torch.testing.assert_close(judge.look(kept, judge.to_range(images))[0], features)
+
+
+def test_a_residual_block_has_a_shortcut():
+    block = judge.Block(2, 4, 2)
+    for parameter in block.branch.parameters():
+        torch.nn.init.zeros_(parameter)
+    x = torch.randn(3, 2, 8, 8)
+    torch.testing.assert_close(
+        block(x), torch.einsum("oi,nihw->nohw", block.shortcut.weight[..., 0, 0], x)[..., ::2, ::2].relu()
+    )
+
+
+def test_augmentation_moves_and_mirrors_and_fills_with_background():
+    x = torch.rand(3, 1, 28, 28)
+    seen = set()
+    for seed in range(300):
+        moved = judge.augment(x, torch.Generator().manual_seed(seed))
+        found = [
+            (dy, dx, mirror)
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+            for mirror in (False, True)
+            if torch.equal(shift(x, dy, dx, mirror), moved)
+        ]
+        assert len(found) == 1
+        seen |= set(found)
+    assert len(seen) == 50
+
+
+def shift(x, dy, dx, mirror):
+    """A batch moved down and right by some pixels, with -1 where nothing was, and then mirrored."""
+    moved = torch.full_like(x, -1)
+    ours, theirs = ([slice(max(0, sign * d), 28 + min(0, sign * d)) for d in (dy, dx)] for sign in (1, -1))
+    moved[:, :, ours[0], ours[1]] = x[:, :, theirs[0], theirs[1]]
+    return moved.flip(3) if mirror else moved
+
+
+def test_the_panel_says_what_its_judges_see(sets, monkeypatch):
+    """With a judge that reads class and features from the first pixels."""
+
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classify = torch.nn.Linear(3, 10)
+
+        def features(self, x):
+            return x.flatten(1)[:, :3]
+
+    reader = Reader()
+    reader.classify.weight.data = torch.linspace(0, 1, 10)[:, None] * torch.tensor([1.0, 0, 0])
+    reader.classify.bias.data = -(torch.linspace(0, 1, 10) ** 2) / 2  # the class whose number / 9 is nearest to a pixel
+    monkeypatch.setattr(measure_quality, "get_judge", lambda *_: reader)
+    panel = measure_quality.Panel(sets["train"], sets["test"], torch.device("cpu"))
+    images = judge.to_range(torch.from_numpy(sets["test"].images))
+    for verdict in panel.judge(images).values():  # the test images themselves
+        assert verdict.distances[0] == pytest.approx(0, abs=1e-6)
+        assert verdict.distances[2] == pytest.approx(0, abs=1e-6)
+        assert verdict.right is None
+    asked = torch.arange(10)
+    images = torch.randn(10, 1, 28, 28)
+    images[:, 0, 0, 0] = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9, 8]) / 9
+    for verdict in panel.judge(images, asked).values():
+        assert verdict.taken_for.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 9, 8]
+        assert verdict.right == pytest.approx(0.8)
+        expected = reference.frechet_distance(
+            images.flatten(1)[:, :3].double().numpy(), panel.seen["plain"][0].double().numpy()
+        )
+        assert verdict.distances[0] == pytest.approx(expected)
+        assert expected > 0.1
 
 
 # The command
@@ -204,13 +312,20 @@ def written(text):
 
 
 def test_a_checkpoint_is_measured(tiny, command, lesson4, tmp_path):
-    text = command(tiny("CondUNet"), "--n", 20, "--steps", 2, "--method", "heun")
+    text = command(tiny("CondUNet"), "--n", 20, "--steps", 4, "--method", "heun")
+    assert "with heun, 3 evaluations each" in text
     for name in ("samples", "training images", "white noise"):
         assert text.count(f"\n{name} ") == 2 + 1 + (name == "samples")  # judges, neighbours, what is measured
     assert all(f"\n{name}" in text for name in CLASSES)
-    assert f"guidance {lesson4.GUIDANCE:g}" in text
+    assert f"guidance {lesson4.GUIDANCE:g}\n" in text
     assert written(text) == ["confusion.png", "nearest.png"]
     assert (tmp_path / "quality" / "nearest.png").exists()
+
+
+def test_a_network_that_was_trained_for_long_has_less_guidance(tiny, command, lesson4):
+    assert lesson4.GUIDANCE_LATER < lesson4.GUIDANCE
+    text = command(tiny("CondUNet", epochs=10.0), "--n", 20, "--steps", 1)
+    assert f"guidance {lesson4.GUIDANCE_LATER:g}\n" in text
 
 
 @pytest.mark.parametrize("name", ["UNet", "TimeUNet", "UnlabelledUNet"])
@@ -223,12 +338,18 @@ def test_a_network_without_label_gets_no_figures_of_classes(tiny, command, name)
 
 
 def test_the_sweep(tiny, command, monkeypatch):
+    drawn, draw = [], measure_quality.draw_samples
     monkeypatch.setattr(measure_quality, "SWEPT_STEPS", (1, 2))
     monkeypatch.setattr(measure_quality, "SWEPT_GUIDANCE", (0, 0.5, 1))
-    text = command(tiny("CondUNet"), "--sweep", "--n", 20, "--steps", 2, "--guidance", 0.5)
+    monkeypatch.setattr(measure_quality, "draw_samples", lambda *settings: drawn.append(settings) or draw(*settings))
+    text = command(tiny("CondUNet"), "--sweep", "--n", 20, "--steps", 3, "--guidance", 0.7)
     rows = [line.split()[:2] for line in text.splitlines() if line[:5].isspace()]
-    assert [row for row in rows if row[0].isdecimal()] == [["1", "0.5"], ["2", "0.5"], ["2", "0"], ["2", "1"]]
+    expected = [("1", "0.7"), ("2", "0.7"), ("3", "0.7"), ("3", "0"), ("3", "0.5"), ("3", "1")]
+    assert [tuple(row) for row in rows if row[0].isdecimal()] == expected
+    assert [(str(steps), f"{guidance:g}") for _, _, _, steps, guidance, _ in drawn] == expected
     assert written(text) == ["sweep_dpm++.png"]
+    text = command(tiny("CondUNet"), "--sweep", "--n", 20, "--method", "heun", "--steps", 4)
+    assert [steps for _, _, _, steps, _, _ in drawn[6:]] == [1, 3, 3, 3, 3]
     text = command(tiny("TimeUNet"), "--sweep", "--n", 20, "--steps", 2)
     assert written(text) == ["sweep_dpm++.png"]
 
@@ -275,7 +396,34 @@ def damaged(tiny, folder):
 def damaged_judge(tiny, folder):
     (folder / "judge").mkdir()
     (folder / "judge" / "plain.pt").write_bytes(b"no judge")
-    return [tiny("UNet")]
+    return [tiny("UNet"), "--n", "20"]
+
+
+def another_judge(tiny, folder):
+    (folder / "judge").mkdir()
+    torch.save(torch.zeros(3), folder / "judge" / "residual.pt")
+    return [tiny("UNet"), "--n", "20"]
+
+
+def no_place_for_a_judge(tiny, folder):
+    (folder / "judge").write_bytes(b"")
+    return [tiny("UNet"), "--n", "20"]
+
+
+def no_checkpoint(content):
+    def write(tiny, folder):
+        torch.save(content, folder / "tensor.pt")
+        return [folder / "tensor.pt"]
+
+    return write
+
+
+def without_average(tiny, folder):
+    path = tiny("UNet")
+    content = torch.load(path, weights_only=True)
+    del content["average"]
+    torch.save(content, path)
+    return [path]
 
 
 @pytest.mark.parametrize(
@@ -287,13 +435,24 @@ def damaged_judge(tiny, folder):
         (lambda _, folder: [folder / "nothing.pt"], "nothing.pt: no checkpoint there"),
         (damaged, "damaged, or not a checkpoint"),
         (lambda tiny, _: [tiny("VNet")], "not a network of these lessons"),
-        (lambda tiny, _: [tiny("UNet", "garments")], "know Fashion-MNIST, and not garments"),
+        (no_checkpoint(torch.zeros(3)), "damaged, or not a checkpoint"),
+        (no_checkpoint(torch.zeros(())), "damaged, or not a checkpoint"),
+        (no_checkpoint(["run"]), "damaged, or not a checkpoint"),
+        (without_average, "damaged, or not a checkpoint"),
+        (lambda tiny, _: [tiny("UNet", "garments")], "Fashion-MNIST's own files alone, and not 'garments'"),
+        (lambda tiny, _: [tiny("CondUNet", classes=("0", "1"))], "Fashion-MNIST's own files alone"),
+        (lambda tiny, _: [tiny("UNet"), "--n", "41"], "--n 41: at most 40"),
+        (lambda tiny, _: [tiny("UNet"), "--restart"], "--restart are the ladder's"),
+        (lambda tiny, _: [tiny("UNet"), "--epochs", "2"], "--restart are the ladder's"),
+        (lambda tiny, _: [tiny("UNet"), "--preset", "small"], "--restart are the ladder's"),
         (lambda tiny, _: [tiny("TimeUNet"), "--guidance", "1"], "--guidance: TimeUNet in"),
         (lambda tiny, _: [tiny("UNet"), "--n", "5"], "a whole number from 20 up, got '5'"),
         (lambda tiny, _: [tiny("UNet"), "--steps", "0"], "a whole number from 1 up, got '0'"),
         (lambda tiny, _: [tiny("UNet"), "--method", "euler"], "invalid choice: 'euler'"),
-        (lambda tiny, _: [tiny("UNet"), "--out", __file__], "--out must be a folder"),
+        (lambda tiny, _: [tiny("UNet"), "--n", "20", "--out", __file__], "--out must be a folder"),
         (damaged_judge, "plain.pt: damaged, or of another version"),
+        (another_judge, "residual.pt: damaged, or of another version"),
+        (no_place_for_a_judge, "residual.pt: can't be written"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(make_arguments, told, tiny, command, tmp_path, capsys):
@@ -303,3 +462,11 @@ def test_what_cannot_be_done_is_one_line(make_arguments, told, tiny, command, tm
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("measure_quality.py: ")
     assert told in line
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_other_images_are_refused_whatever_their_folder_is_called(split, tiny, command, sets, monkeypatch, capsys):
+    monkeypatch.setitem(sets, split, sets[split]._replace(classes=tuple("0123456789")))
+    with pytest.raises(SystemExit):
+        command(tiny("UNet"), "--n", 20)
+    assert "Fashion-MNIST's own files alone" in capsys.readouterr().err
