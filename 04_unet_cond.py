@@ -202,7 +202,7 @@ def show_labels(out):
 # guidance makes the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW
 # (Kynkäänniemi et al. 2024), which leaves half of the steps half of the work. The numbers below tell what it would do
 # from the start. And a network that was trained for long knows its classes better, and needs less.
-GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.2, 0.8, 3
+GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
 
 
 def choose_guidance(run):
