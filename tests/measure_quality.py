@@ -281,9 +281,11 @@ def measure(options, denoiser, run, train, test, panel):
 def sweep(options, denoiser, run, train, panel):
     """Distances against steps, and against guidance where there is a label; the other is the command line's."""
     floor = panel.judge(Baselines(train, options.n).images)
-    counts = {count_evaluations(options.method, steps) for steps in SWEPT_STEPS}
+    counts = sorted({count_evaluations(options.method, steps) for steps in SWEPT_STEPS})
+    ticks = {"network evaluations a sample": counts}
     swept = {"network evaluations a sample": [(steps, options.guidance) for steps in sorted({*counts, options.steps})]}
     if options.guidance is not None:
+        ticks["guidance"] = SWEPT_GUIDANCE
         amounts = sorted({*SWEPT_GUIDANCE, options.guidance})
         swept["guidance"] = [(options.steps, guidance) for guidance in amounts]
     found = {}  # (steps, guidance): the verdicts
@@ -301,9 +303,11 @@ def sweep(options, denoiser, run, train, panel):
     for place, (axis, (xlabel, settings)) in enumerate(zip(axes[0], swept.items(), strict=True)):
         x = [setting[place] for setting in settings]
         lines = {name: [found[setting][name].distances[0] for setting in settings] for name in panel.judges}
-        lesson3.plot_lines(axis, x, lines, xlabel=xlabel, xticks=x, ylim=0)
+        lesson3.plot_lines(axis, x, lines, xlabel=xlabel, xticks=ticks[xlabel])
         for name, style in zip(panel.judges, "-:", strict=False):
             axis.axhline(floor[name].distances[0], linestyle=style, color="0.7", zorder=0)
+    highest = max(verdict.distances[0] for verdicts in found.values() for verdict in verdicts.values())
+    axes[0, 0].set_ylim(0, 1.05 * highest)  # of both pictures
     axes[0, 0].set_ylabel("Fréchet distance to the test images\n(grey: of as many training images)")
     figure.suptitle(f"{run.title}: {options.n:,} samples, {options.method}")
     lesson1.save_picture(figure, options.out / f"sweep_{options.method}.png")

@@ -1,6 +1,7 @@
 """The measurement of quality: its parts, and the command on tiny networks with judges that know nothing."""
 
 import importlib
+import itertools
 import sys
 
 import judge
@@ -338,15 +339,25 @@ def test_a_network_without_label_gets_no_figures_of_classes(tiny, command, name)
 
 
 def test_the_sweep(tiny, command, monkeypatch):
-    drawn, draw = [], measure_quality.draw_samples
+    drawn, draw, figures, save = [], measure_quality.draw_samples, [], measure_quality.lesson1.save_picture
+    monkeypatch.setattr(
+        measure_quality.lesson1, "save_picture", lambda figure, path: figures.append(figure) or save(figure, path)
+    )
     monkeypatch.setattr(measure_quality, "SWEPT_STEPS", (1, 2))
     monkeypatch.setattr(measure_quality, "SWEPT_GUIDANCE", (0, 0.5, 1))
     monkeypatch.setattr(measure_quality, "draw_samples", lambda *settings: drawn.append(settings) or draw(*settings))
+    counter = itertools.count(1)
+    monkeypatch.setattr(measure_quality, "measure_distances", lambda *features: [float(next(counter))] * 4)
     text = command(tiny("CondUNet"), "--sweep", "--n", 20, "--steps", 3, "--guidance", 0.7)
     rows = [line.split()[:2] for line in text.splitlines() if line[:5].isspace()]
     expected = [("1", "0.7"), ("2", "0.7"), ("3", "0.7"), ("3", "0"), ("3", "0.5"), ("3", "1")]
     assert [tuple(row) for row in rows if row[0].isdecimal()] == expected
     assert [(str(steps), f"{guidance:g}") for _, _, _, steps, guidance, _ in drawn] == expected
+    assert len(figures[0].axes) == 2
+    for axis in figures[0].axes:
+        for line in axis.lines:  # none leaves the picture, and no two ticks are of one place
+            assert 0 <= min(line.get_ydata()) <= max(line.get_ydata()) < axis.get_ylim()[1]
+    assert [tuple(axis.get_xticks()) for axis in figures[0].axes] == [(1, 2), (0, 0.5, 1)]
     assert written(text) == ["sweep_dpm++.png"]
     text = command(tiny("CondUNet"), "--sweep", "--n", 20, "--method", "heun", "--steps", 4)
     assert [steps for _, _, _, steps, _, _ in drawn[6:]] == [1, 3, 3, 3, 3]
