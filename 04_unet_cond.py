@@ -205,9 +205,9 @@ def show_labels(out):
 GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
 
 
-def choose_guidance(run):
-    """The guidance, w below, that suits what a `Run` has trained."""
-    return GUIDANCE if run.epochs < 10 else GUIDANCE_LATER
+def choose_guidance(epochs):
+    """The guidance, w below, that suits a network trained for so many epochs."""
+    return GUIDANCE if epochs < 10 else GUIDANCE_LATER
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
@@ -359,7 +359,7 @@ def main(options):
     options.sample_only |= options.pretrained
     denoiser, run = get_denoiser(options, CondUNet, check=lambda run: find_classes(options.only, run.classes))
     wanted = find_classes(options.only, run.classes)
-    guidance = choose_guidance(run) if options.guidance is None else options.guidance
+    guidance = choose_guidance(run.epochs) if options.guidance is None else options.guidance
     starts = [(options.seed, number, index) for number in wanted for index in range(options.n)]
     label = torch.tensor([number for _, number, _ in starts], device=options.device)
     title = f"{run.title}, {options.steps} steps, guidance {guidance:g}"

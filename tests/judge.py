@@ -5,7 +5,9 @@ the place of Inception, which was made for photographs). They depend on the judg
 is trained once, on the official training images, in about ten minutes on two CPU cores, and kept under runs/judge/.
 """
 
+import importlib
 import pickle
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm, trange
 
-KEPT = Path(__file__).resolve().parent.parent / "runs" / "judge"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+lesson1 = importlib.import_module("01_time_embedding")
+lesson3 = importlib.import_module("03_unet_uncond")
+
+KEPT = ROOT / "runs" / "judge"
 
 
 class JudgeError(Exception):
@@ -127,13 +134,10 @@ def get_judge(name, images, labels):
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
             raise JudgeError(f"{path}: damaged, or of another version; delete it, and one is trained anew") from error
     else:
-        part = path.with_suffix(".part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:  # if that can't be, it's better to know before the training
-                train(judge, name, images, labels, seed=seed)
-                torch.save(judge.state_dict(), file)
-            part.replace(path)
+            lesson1.make_folder(path.parent)
+            train(judge, name, images, labels, seed=seed)
+            lesson3.save_checkpoint(path, judge.state_dict())
         except OSError as error:
             raise JudgeError(f"{path}: can't be written, but a judge is trained only once ({error})") from error
     return judge.eval()

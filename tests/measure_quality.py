@@ -282,12 +282,9 @@ def sweep(options, denoiser, run, train, panel):
     """Distances against steps, and against guidance where there is a label; the other is the command line's."""
     floor = panel.judge(Baselines(train, options.n).images)
     counts = sorted({count_evaluations(options.method, steps) for steps in SWEPT_STEPS})
-    ticks = {"network evaluations a sample": counts}
     swept = {"network evaluations a sample": [(steps, options.guidance) for steps in sorted({*counts, options.steps})]}
     if options.guidance is not None:
-        ticks["guidance"] = SWEPT_GUIDANCE
-        amounts = sorted({*SWEPT_GUIDANCE, options.guidance})
-        swept["guidance"] = [(options.steps, guidance) for guidance in amounts]
+        swept["guidance"] = [(options.steps, guidance) for guidance in sorted({*SWEPT_GUIDANCE, options.guidance})]
     found = {}  # (steps, guidance): the verdicts
 
     def measure_settings():
@@ -303,7 +300,7 @@ def sweep(options, denoiser, run, train, panel):
     for place, (axis, (xlabel, settings)) in enumerate(zip(axes[0], swept.items(), strict=True)):
         x = [setting[place] for setting in settings]
         lines = {name: [found[setting][name].distances[0] for setting in settings] for name in panel.judges}
-        lesson3.plot_lines(axis, x, lines, xlabel=xlabel, xticks=ticks[xlabel])
+        lesson3.plot_lines(axis, x, lines, xlabel=xlabel, xticks=(counts, SWEPT_GUIDANCE)[place])
         for name, style in zip(panel.judges, "-:", strict=False):
             axis.axhline(floor[name].distances[0], linestyle=style, color="0.7", zorder=0)
     highest = max(verdict.distances[0] for verdicts in found.values() for verdict in verdicts.values())
@@ -327,15 +324,14 @@ def climb(options, train, panel):
         settings.out = options.out / name
         settings.out.mkdir(exist_ok=True)
         networks[name] = lesson3.get_denoiser(settings, network_class)
-    _, run = networks["CondUNet"]
-    guidance = lesson4.choose_guidance(run) if options.guidance is None else options.guidance
     rungs = {
         "without time": ("UNet", None),
         "with time": ("TimeUNet", None),
         "with attention": ("UnlabelledUNet", None),
         "with the label": ("CondUNet", 0.0),
-        f"with guidance {guidance:g}": ("CondUNet", guidance),
+        f"with guidance {options.guidance:g}": ("CondUNet", options.guidance),
     }
+    _, run = networks["CondUNet"]
     milliseconds = measure_milliseconds({name: denoiser for name, (denoiser, _) in networks.items()}, run)
     shown, found = [], {}
 
@@ -431,12 +427,12 @@ def start(options):
         denoiser, run = load_denoiser(options.checkpoint, options.device)
         if options.guidance is not None and run.network != "CondUNet":
             raise UserError(f"--guidance: {run.network} in {options.checkpoint} has no label to be guided by")
-        if options.guidance is None and run.network == "CondUNet":
-            options.guidance = lesson4.choose_guidance(run)
+    if options.guidance is None and (options.ladder or run.network == "CondUNet"):
+        options.guidance = lesson4.choose_guidance(options.epochs if options.ladder else run.epochs)
     train, test = (data.load("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
     sources = {"training images": train[2:], "test images": test[2:]}  # classes, name
     if options.checkpoint:
-        sources[options.checkpoint] = tuple(run.classes), run.data
+        sources[options.checkpoint] = run.classes, run.data
     for place, source in sources.items():
         if source != (data.fashion_mnist.CLASSES, "Fashion-MNIST"):
             raise UserError(f"{place}: the judges know Fashion-MNIST's own files alone, and not {source[1]!r}")
