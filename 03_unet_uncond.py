@@ -1,25 +1,26 @@
-"""Lesson 3: a U-Net learns to take noise away, and so to draw garments.
+"""Lesson 3: a U-Net learns to take noise away, and so to make garments.
 
 First the network without time, built in small steps; then noise and time; then what it is trained to do, and how
-samples come out of it (lecture sections "U-Net" and "unconditional model"; notebook 26).
+samples come out of it (lecture sections "U-Net" and "unconditional model"; notebook 26). Last, what a run needs.
 
-    python 03_unet_uncond.py [--no-time] [--epochs E] [--help]   trains the unconditional model and draws from it
+    python 03_unet_uncond.py [--no-time] [--epochs E] [--help]   trains the unconditional model and samples from it
     python 03_unet_uncond.py --show                              prints and draws what the sections say, in two minutes
 """
 
-# %% What this lesson needs
 import argparse
 import copy
 import functools
 import importlib
+import importlib.util
 import io
 import math
 import os
-import pickle
 import shlex
 import signal
 import sys
 import time
+import zipfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
@@ -30,32 +31,24 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import NAMES, DataError, load
+import data
 
 lesson1 = importlib.import_module("01_time_embedding")
-NotTrained = lesson1.NotTrained
-Parser = lesson1.Parser
-noise_to_time = lesson1.noise_to_time
-plot_images = lesson1.plot_images
-plot_lines = lesson1.plot_lines
-save_images = lesson1.save_images
-save_picture = lesson1.save_picture
-timestep_embedding = lesson1.timestep_embedding
-
-lesson = lesson1.Lesson("03_unet_uncond.py", __name__ == "__main__")
-load_once = functools.cache(load)
+DATA = {"name": "auto", "data_dir": None}  # what the sections load; the command line can change it
+load_once = functools.cache(data.load)
 
 
 def load_garments(split, n):
-    """The first n garments, float32 `(n, 1, 28, 28)` in [-1, 1], and the data set's name."""
-    data = load_once(lesson.options.data, split, lesson.options.data_dir)
-    return F.interpolate(torch.from_numpy(data.images[:n])[:, None] / 127.5 - 1, size=(28, 28)), data.name
+    """The first n images, float32 `(n, 1, 28, 28)` in [-1, 1], and the data set's name."""
+    images, _, _, name = load_once(split=split, **DATA)
+    return F.interpolate(torch.from_numpy(images[:n])[:, None] / 127.5 - 1, size=(28, 28)), name
 
 
 # %% 1. A convolution comes after its norm and its activation
-# A signal must come through all layers of a network: forwards, or the last ones don't know what the picture was, and
+# A signal must come through all layers of a network: forwards, or the last ones don't know what the image was, and
 # backwards, or the first ones don't learn. A shortcut, x + ..., lets it pass; but an activation *behind* the sum, as in
 # the lecture's first residual blocks, bends it again, block after block. Put norm and activation in front of each
 # convolution, and what leaves a block is a plain sum.
@@ -74,8 +67,8 @@ def activate_first(x, convs, norms):
 
 
 def signal_through(block, x, blocks=20):
-    """x `(n, c, h, w)` and the activations after each block, new ones of 16 channels; and by what factor the norm of a
-    random gradient grows on its way back through all of them."""
+    """x `(n, 16, h, w)` and the activations after each of so many new blocks; and by what factor the norm of a random
+    gradient grows on its way back through all of them."""
     torch.manual_seed(0)
     states = [x.detach().clone().requires_grad_()]
     for _ in range(blocks):
@@ -88,17 +81,16 @@ def signal_through(block, x, blocks=20):
 
 
 def correlation(a, b):
-    """Of two tensors `(n, c, h, w)`, each channel's mean taken off: 1 is the same picture, 0 is nothing in common."""
+    """Of two tensors `(n, c, h, w)`, each channel's mean taken off: 1 is the same image, 0 is nothing in common."""
     a, b = (tensor - tensor.mean(dim=(0, 2, 3), keepdim=True) for tensor in (a, b))
     return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
 
-@lesson
-def show_order(out):
-    """1. A convolution comes after its norm and its activation: a signal through 20 blocks"""
-    garments, name = load_garments("test", 32)
+@lesson1.section
+def show_order():
+    images, name = load_garments("test", 32)
     torch.manual_seed(0)
-    x = nn.Conv2d(1, 16, 3, padding=1)(garments).detach()  # n c h w
+    x = nn.Conv2d(1, 16, 3, padding=1)(images).detach()  # n c h w
     shown, pictures, left = (0, 1, 2, 5, 10, 20), [], {}
     for order in (activate_first, activate_last):
         label = order.__name__.replace("_", " ")
@@ -107,23 +99,19 @@ def show_order(out):
         print(f"   {label}: correlation with what went in {left[label][-1]:.2f}, gradient {growth:.1f} times as large")
         pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
     figure, (above, below) = plt.subplots(2, figsize=(8, 6), height_ratios=[2, 3])
-    plot_lines(above, range(21), left, xlabel="blocks", ylabel="correlation", xticks=range(0, 21, 5))
-    plot_images(below, torch.stack(pictures).clamp(-1, 1), len(shown), left, [f"after {i}" for i in shown])
+    lesson1.plot_lines(above, range(21), left, xlabel="blocks", ylabel="correlation", xticks=range(0, 21, 5))
+    lesson1.plot_images(below, torch.stack(pictures).clamp(-1, 1), len(shown), left, [f"after {i}" for i in shown])
     first, last = (values[-1] for values in left.values())
-    figure.suptitle(
-        f"After 20 blocks the signal is left at {first:.2f} if activations come first, {last:.2f} if last ({name})"
-    )
-    save_picture(figure, out / "01_order.png")
+    figure.suptitle(f"After 20 blocks {first:.2f} of the signal is left, {last:.2f} if activations come last ({name})")
+    return figure
 
 
 # %% 2. The residual block
-# So norm, activation and convolution are one layer, in this order.
+# So norm, activation and convolution are one layer, in this order. The norm is a group norm (Wu and He 2018), which
+# treats each image alone. Batch norm, which the lecture uses, shares its statistics among the images of a batch. These
+# will have different noise levels, and what one is told would depend on how noisy the others are.
 class PreActConv(nn.Module):
-    """GroupNorm, SiLU, 3×3 convolution.
-
-    Group norm (Wu and He 2018) treats each image alone. Batch norm, which the lecture uses, shares its statistics among
-    the images of a batch, and these will have different noise levels: what one is told depends on how noisy others are.
-    """
+    """GroupNorm, SiLU, 3×3 convolution: `(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -131,7 +119,6 @@ class PreActConv(nn.Module):
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x):
-        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
         return self.conv(F.silu(self.norm(x)))
 
 
@@ -154,8 +141,8 @@ class ResBlock(nn.Module):
         zero_(self.conv2.conv)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
-    def forward(self, x, embedding=None):
-        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`. The embedding is for the blocks of section 8."""
+    def forward(self, x):
+        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
         return self.shortcut(x) + self.conv2(self.conv1(x))
 
 
@@ -166,12 +153,10 @@ def change_by_others(norm, x):
     return float(((after - before).norm() / before.norm()).detach())
 
 
-@lesson
-def show_block(out):
-    """2. The residual block"""
+@lesson1.section
+def show_block():
     torch.manual_seed(0)
-    x = torch.randn(8, 16, 14, 14)
-    wider = ResBlock(16, 32, groups=4)
+    x, wider = torch.randn(8, 16, 14, 14), ResBlock(16, 32, groups=4)
     h = wider.conv1(x)
     steps = {"x": x, "conv1": h, "conv2": wider.conv2(h), "shortcut(x)": wider.shortcut(x), "sum": wider(x)}
     print("   " + ", ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
@@ -185,9 +170,6 @@ def show_block(out):
 # A class that keeps what it returns, whatever it computes. It computes nothing itself: `super().forward` is the next
 # `forward` in the order in which Python searches the class's ancestors. So `Saved` must be mixed in *front* of a module
 # class; behind it, the module's `forward` is found first, and `Saved` is never asked.
-#
-# (Why not a list of activations? The lecture's down path is an `nn.Sequential`, where nobody stands by to collect them.
-# In a loop of our own a list would do; the saved modules keep the path readable, and lesson 4 mixes them in again.)
 class Saved:
     """A module that keeps its output until the up path takes it."""
 
@@ -215,9 +197,8 @@ class MixedInBehind(nn.Conv2d, Saved):
     """What not to do."""
 
 
-@lesson
-def show_saved(out):
-    """3. Saved: where Python looks for forward, and what is saved"""
+@lesson1.section
+def show_saved():
     for kind in (SavedConv, MixedInBehind):
         conv, x = kind(1, 4, 3), torch.randn(2, 1, 8, 8)
         order = " -> ".join(parent.__name__ for parent in kind.__mro__[:3])
@@ -231,11 +212,6 @@ def show_saved(out):
 # garment. A level has a quarter of the pixels of the one above and twice the channels, so its convolutions cost about
 # the same. Up: the same the other way. Beside what comes from below, each block there gets what was saved at its size
 # on the way down, as more channels; one block more, because a level saves one activation more than it has blocks.
-def upsample(width):
-    """Twice the height and width: each pixel four times, then a 3×3 convolution to smooth the steps."""
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1))
-
-
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
@@ -248,78 +224,72 @@ class UNet(nn.Module):
     def __init__(self, channels, widths, depth, groups):
         super().__init__()
         self.widths, self.groups = tuple(widths), groups
-        width, last = widths[0], len(widths) - 1
-        self.conv_in = SavedConv(channels, width, 3, padding=1)
-        skips = [width]
+        self.conv_in = SavedConv(channels, widths[0], 3, padding=1)
+        width, skips = widths[0], [widths[0]]  # the channels by now, and of all that is saved
 
-        self.down = nn.ModuleList()
+        self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for level, new_width in enumerate(widths):  # one turn is the lecture's down_block
-            for _ in range(depth):
-                self.down.append(self.block(level, width, new_width, saved=True))
-                width = new_width
-                skips.append(width)
-            if level < last:
-                self.down.append(SavedConv(width, width, 3, stride=2, padding=1))
-                skips.append(width)
-
-        self.middle = nn.ModuleList([self.block("middle", width, width), self.block(None, width, width)])
-
-        self.up = nn.ModuleList()
-        for level, new_width in reversed(list(enumerate(widths))):  # and its up_block
-            for _ in range(depth + 1):
-                self.up.append(self.block(level, width + skips.pop(), new_width))
-                width = new_width
             if level > 0:
-                self.up.append(upsample(width))
+                self.downsample.append(SavedConv(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+            blocks = nn.ModuleList()
+            for _ in range(depth):
+                blocks.append(self.make_block(width, new_width, saved=True))
+                width = new_width
+                skips.append(width)
+            self.down.append(blocks)
+
+        self.middle = nn.ModuleList([self.make_block(width, width), self.make_block(width, width)])
+
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
+        for level, new_width in enumerate(reversed(widths)):  # and its up_block, the lowest level first
+            if level > 0:
+                smooth = nn.Conv2d(width, width, 3, padding=1)  # the steps that remain if each pixel becomes four
+                self.upsample.append(nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), smooth))
+            blocks = nn.ModuleList()
+            for _ in range(depth + 1):
+                blocks.append(self.make_block(width + skips.pop(), new_width))
+                width = new_width
+            self.up.append(blocks)
 
         self.conv_out = PreActConv(width, channels, groups)
         zero_(self.conv_out.conv)
 
-    def block(self, place, in_channels, out_channels, saved=False):
-        """A residual block for a place: a level's number, "middle" or None, which is the second block there."""
+    def make_block(self, in_channels, out_channels, saved=False):
+        """A residual block; later U-Nets make others."""
         return (SavedResBlock if saved else ResBlock)(in_channels, out_channels, self.groups)
 
-    def embed(self, time, label):
-        """What each block is told beside its activations: here, nothing."""
+    def forward(self, x, *told):
+        """x and the result: `(n, channels, height, width)`. told: what blocks are told beside; later U-Nets use it.
 
-    def forward(self, x, time=None, label=None):
-        """x and the result: `(n, channels, height, width)`; time `(n,)` float and label `(n,)` int64, where they are
-        used. Raises ValueError where height or width can't be halved once for each level but the first."""
-        step = 2 ** (len(self.widths) - 1)
+        Raises ValueError where height or width can't be halved once for each level but the first.
+        """
+        step = 2 ** len(self.downsample)
         if x.shape[2] % step or x.shape[3] % step:
             raise ValueError(f"height and width must be multiples of {step}, got {x.shape[2]} × {x.shape[3]}")
-        embedding = self.embed(time, label)
+        saved = [self.conv_in]
         try:
             h = self.conv_in(x)  # n widths[0] height width
-            for layer in self.down:
-                h = layer(h, embedding) if isinstance(layer, ResBlock) else layer(h)
+            for level, blocks in enumerate(self.down):
+                for layer in blocks if level == 0 else (self.downsample[level - 1], *blocks):
+                    saved.append(layer)
+                    h = layer(h) if isinstance(layer, SavedConv) else layer(h, *told)  # n c h w, or n c h/2 w/2
+            skips = [layer.take() for layer in saved]
         finally:  # also where memory ran out on the way
-            skips = [layer.take() for layer in (self.conv_in, *self.down)]
-        for layer in self.middle:  # n widths[-1] height/step width/step
-            h = layer(h, embedding)
-        for layer in self.up:
-            if isinstance(layer, ResBlock):
-                h = torch.cat([h, skips.pop()], dim=1)  # n (c skip) h w
-                h = layer(h, embedding)  # n c h w
-            else:
-                h = layer(h)  # n c 2h 2w
+            for layer in saved:
+                layer.saved = None
+        for block in self.middle:  # n widths[-1] height/step width/step
+            h = block(h, *told)
+        for level, blocks in enumerate(self.up):
+            if level > 0:
+                h = self.upsample[level - 1](h)  # n c 2h 2w
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), *told)  # n (c skip) h w -> n c h w
         return self.conv_out(h)  # n channels height width
-
-    # What training (section 9) and a run (section 11) ask of a network:
-    def training_label(self, label, generator):
-        """The labels to train with, made of the right ones, `(n,)`. None: this network takes no label."""
-
-    @classmethod
-    def from_preset(cls, preset, n_classes):
-        """The network for a `Preset`."""
-        return cls(preset.patch**2, preset.widths, preset.depth, preset.groups)
 
 
 def measure_layers(network, x):
     """For each layer on x's way through a U-Net: its name, its output's shape, its parameters, its multiply-adds."""
-    parts = {"conv_in": network.conv_in, "conv_out": network.conv_out}
-    for path in ("down", "middle", "up"):
-        parts |= {f"{path}.{i}": layer for i, layer in enumerate(getattr(network, path))}
     rows = []
 
     def note(name, layer, y):
@@ -327,21 +297,21 @@ def measure_layers(network, x):
         weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 4)
         rows.append((name, tuple(y.shape[1:]), sum(sizes), weights * y[0, 0].numel()))  # each is used at each pixel
 
-    for name, layer in parts.items():
-        layer.register_forward_hook(lambda layer, inputs, y, name=name: note(name, layer, y))
+    for name, layer in network.named_modules():
+        if name == "conv_out" or isinstance(layer, ResBlock | SavedConv | nn.Sequential):
+            layer.register_forward_hook(lambda layer, inputs, y, name=name: note(name, layer, y))
     network(x)
     return rows
 
 
-@lesson
-def show_layers(out):
-    """4. The U-Net, layer by layer, for one image of 28 × 28 pixels, padded to 32 × 32"""
-    network = UNet(1, (32, 64, 128, 256), depth=2, groups=2)  # the lecture's size
+@lesson1.section
+def show_layers():
+    network = UNet(1, (32, 64, 128, 256), depth=2, groups=2)  # the lecture's size; 28 × 28 pixels padded to 32 × 32
     rows = measure_layers(network, torch.zeros(1, 1, 32, 32))
-    print("                           c    h    w    parameters   multiply-adds")
+    print("                              c    h    w    parameters   multiply-adds")
     for name, shape, *counts in rows:
         kind = type(network.get_submodule(name)).__name__.replace("Sequential", "upsample")
-        print("   {:9}{:14}{:5}{:5}{:5}{:14,}{:16,}".format(name, kind, *shape, *counts))
+        print("   {:12}{:14}{:5}{:5}{:5}{:14,}{:16,}".format(name, kind, *shape, *counts))
     totals = np.array([counts for _, _, *counts in rows])
     for height in (32, 16, 8, 4):
         share = totals[[shape[1] == height for _, shape, *_ in rows]].sum(axis=0) / totals.sum(axis=0)
@@ -349,90 +319,82 @@ def show_layers(out):
 
 
 # %% 5. What the skips are for
-# At the bottom of the U, where a garment is 7 × 7 pixels here, there's room for what it is, but not for where its edges
-# run.
-# The skips bring this back. To see it, we cut them: every saved activation arrives as zeros. Both nets have the same
-# parameters, start from the same ones, and are to take away one and the same strength of noise.
+# At the bottom of the U, where a garment is 7 × 7 pixels here, there is room for what it is, but not for where its
+# edges run. The skips bring this back. To see it, we cut them: every saved activation arrives as zeros. Both nets have
+# the same parameters, start from the same ones, and are to take away one and the same strength of noise.
 def cut_skips(network):
     for layer in network.modules():
         if isinstance(layer, Saved):  # whatever it takes arrives as zeros
             layer.take = lambda take=layer.take: torch.zeros_like(take())
 
 
-def train_skips(cut, images, steps=100, batch_size=32, peak=0.01):
+def train_skips(cut, images, steps=100):
     """A small U-Net trained to take noise of strength 0.5 from images `(n, 1, h, w)`, and its loss at each step."""
     torch.manual_seed(0)
     network = UNet(1, (8, 16, 32), depth=1, groups=4)
     if cut:
         cut_skips(network)
-    optimizer = torch.optim.AdamW(network.parameters())
-    losses = []
+    optimizer, losses = torch.optim.AdamW(network.parameters()), []
     for step in range(steps):
-        x0 = images[torch.randint(len(images), (batch_size,))]
+        x0 = images[torch.randint(len(images), (32,))]
         loss = F.mse_loss(network(x0 + 0.5 * torch.randn_like(x0)), x0)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = peak * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / steps)
         optimizer.step()
         losses.append(loss.item())
     return network.requires_grad_(False), losses
 
 
-@lesson
-def show_skips(out):
-    """5. What the skips are for: a small U-Net with and without them, each trained for 100 steps"""
-    images, name = load_garments("train", 512)
-    garments, _ = load_garments("test", 8)
+@lesson1.section
+def show_skips():
+    (images, name), (garments, _) = load_garments("train", 512), load_garments("test", 8)
     torch.manual_seed(1)
     noisy = garments + 0.5 * torch.randn_like(garments)
-    rows, curves, errors = {"garment": garments, "with noise": noisy}, {}, {}
+    rows, curves, errors = {"garment": garments, "with noise": noisy}, {}, []
     for row, cut in {"with skips": False, "skips cut": True}.items():
         network, curves[row] = train_skips(cut, images)
         rows[row] = network(noisy)
-        errors[row] = float(F.mse_loss(rows[row], garments))
-        late = np.mean(curves[row][-20:])
-        print(f"   {row}: loss {late:.3f} in the last 20 steps, {errors[row]:.3f} on {len(garments)} test garments")
+        errors.append(float(F.mse_loss(rows[row], garments)))
+        print(
+            f"   {row}: loss {np.mean(curves[row][-20:]):.3f} in the last 20 steps, {errors[-1]:.3f} on 8 test images"
+        )
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
-    plot_lines(
-        left, range(len(curves[row])), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4)
-    )
-    plot_images(right, torch.cat(list(rows.values())), 8, rows)
-    ratio = errors["skips cut"] / errors["with skips"]
-    figure.suptitle(f"Without skips {ratio:.1f} times the error: edges are lost ({name})")
-    save_picture(figure, out / "05_skips.png")
+    lesson1.plot_lines(left, range(100), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4))
+    lesson1.plot_images(right, torch.cat(list(rows.values())), 8, rows)
+    figure.suptitle(f"Without skips {errors[1] / errors[0]:.1f} times the error: edges are lost ({name})")
+    return figure
 
 
 # %% 6. Noise: x = x0 + sigma · noise
 # From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can't be
 # seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
 # Models", EDM; the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between
-# it is drawing: where the noise hides a garment's edge, whoever takes the noise away must invent it.
+# it is making: where the noise hides a garment's edge, whoever takes the noise away must invent it.
+SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # in sampling: noise that can hardly be seen, and noise in which nothing can be seen
+
+
 def add_noise(x0, sigma, noise):
     """`(n, c, h, w)` and noise levels `(n,)` -> `(n, c, h, w)`; the noise has variance one."""
     return x0 + sigma.view(-1, 1, 1, 1) * noise
 
 
-@lesson
-def show_noise(out):
-    """6. Noise: one garment at ten levels, and its correlation with the garment that it was"""
-    garments, name = load_garments("test", 1)
+@lesson1.section
+def show_noise():
+    garment, name = load_garments("test", 1)
     torch.manual_seed(0)
     sigmas = torch.logspace(math.log10(0.02), math.log10(80), 10)
-    x = add_noise(garments, sigmas, torch.randn(10, *garments.shape[1:]))
-    alike = [correlation(picture[None], garments) for picture in x]
-    for sigma, picture, share in zip(sigmas, x, alike, strict=True):
-        print(
-            f"   sigma {sigma:6.2f}: pixels from {picture.min():7.1f} to {picture.max():6.1f}, correlation {share:5.2f}"
-        )
+    x = add_noise(garment, sigmas, torch.randn(10, 1, 28, 28))
     figure, axes = plt.subplots(2, 5, figsize=(8, 4))
-    for axis, sigma, picture, share in zip(axes.flat, sigmas, x, alike, strict=True):
-        axis.imshow(picture[0].numpy())
-        axis.set(xticks=[], yticks=[], title=f"σ = {sigma:.2g}\ncorrelation {share:.2f}")
+    for axis, sigma, picture in zip(axes.flat, sigmas, x, strict=True):
+        share = correlation(picture[None], garment)
+        print(f"   sigma {sigma:6.2f}: pixels {picture.min():7.1f} to {picture.max():6.1f}, correlation {share:5.2f}")
+        lesson1.plot_image(axis, picture[0], f"σ = {sigma:.2g}\ncorrelation {share:.2f}")
     figure.suptitle(f"A garment under more and more noise, each picture on its own scale ({name})")
-    save_picture(figure, out / "06_noise.png")
+    return figure
 
 
-# %% 7. The denoiser: c_in, c_skip and c_out
+# %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
 # Two things would make learning hard. The deviation of x is 0.7 at one end and 80 at the other, and a network likes its
 # input to be of one size. And x0, asked for directly, is the wrong question at both ends: at low noise, x is the answer
 # but for a little, and a network that has to repeat its input adds errors of its own.
@@ -440,16 +402,19 @@ def show_noise(out):
 # c_in scales x to variance one, whatever sigma is. c_skip lets x itself through, as far as it can be believed: nearly
 # all of it at low noise, nothing at high. c_out scales what the network adds, and its target has variance one, too: at
 # low noise it is minus the noise, at high noise the garment, in between a mix. (c_skip is chosen so that c_out, by
-# which the network's errors are multiplied, is as small as it can be.)
+# which the network's errors are multiplied, is as small as it can be.) c_noise is the time that the network is told:
+# ln(sigma) / 4, times a constant that makes the hands of lesson 1's clock move.
 #
-# "time" is how noisy x is, as lesson 1 has it. UNet takes no notice of it; section 8 mends that. And the work can be
-# done on patches: 2×2 pixels become 4 channels of one pixel, so that the network has a quarter of the pixels to go
-# over.
+# And the work can be done on patches: 2×2 pixels become 4 channels of one pixel, so that the network has a quarter of
+# the pixels to go over.
+TIME_SCALE = 1000
+
+
 class Denoiser(nn.Module):
     """A network with EDM's preconditioning (Karras et al. 2022, table 1): the network's input and its target both have
     variance one at every noise level, whatever the scale of x.
 
-    network:    a UNet for images of `channels · patch²` channels.
+    network:    takes `(n, channels · patch², h/patch, w/patch)`, c_noise `(n,)` and, if it has labels, one `(n,)`.
     sigma_data: standard deviation of the training images.
     patch:      side of the patches that become channels before the network, and pixels again after it.
     precision:  the network computes in this type (autocast) if given; everything around it stays as it is.
@@ -457,10 +422,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, network, sigma_data, patch=1, precision=None):
         super().__init__()
-        self.network = network
-        self.sigma_data = sigma_data
-        self.patch = patch
-        self.precision = precision
+        self.network, self.sigma_data, self.patch, self.precision = network, sigma_data, patch, precision
 
     @property
     def device(self):
@@ -471,61 +433,64 @@ class Denoiser(nn.Module):
         variance = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
 
-    def forward(self, x, sigma, label=None):
-        """x: noisy images `(n, c, h, w)`; sigma: `(n,)`, positive; label: `(n,)` or None. Returns x0_hat like x."""
+    def forward(self, x, sigma, *label):
+        """x: noisy images `(n, c, h, w)`; sigma: `(n,)`, positive; label: `(n,)`, if any. Returns x0_hat like x."""
+        sigma = sigma.to(x.device)
         c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))
-        time = noise_to_time(sigma)  # n
+        c_noise = TIME_SCALE * sigma.log() / 4  # n
         with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
             h = F.pixel_unshuffle(c_in * x, self.patch)  # n (c patch patch) h/patch w/patch
-            h = self.network(h, time, label)
+            h = self.network(h, c_noise, *label)
         return c_skip * x + c_out * F.pixel_shuffle(h.to(x.dtype), self.patch)
 
 
-@lesson
-def show_scales(out):
-    """7. The denoiser: what goes into the network, and what it is to say, at each noise level"""
-    garments, _ = load_garments("test", 500)
+@lesson1.section
+def show_preconditioning():
+    images, _ = load_garments("test", 500)
     torch.manual_seed(0)
-    noise = torch.randn_like(garments)
-    denoiser = Denoiser(None, sigma_data=float(garments.std()))
+    noise, denoiser = torch.randn_like(images), Denoiser(None, sigma_data=float(images.std()))
     print(f"   sigma_data {denoiser.sigma_data:.3f}")
-    print("     sigma   c_skip    c_out     c_in    deviation of x    of c_in x    of the target")
-    sigmas = torch.tensor([0.02, 0.1, 0.5, 2, 10, 80])
-    for sigma in sigmas:
+    print("     sigma   c_skip    c_out     c_in  c_noise    deviation of x   of c_in x   of the target")
+    for sigma in torch.tensor([0.02, 0.1, 0.5, 2, 10, 80]):
         c_skip, c_out, c_in = denoiser.scales(sigma)
-        x = garments + sigma * noise
-        deviations = x.std(), (c_in * x).std(), ((garments - c_skip * x) / c_out).std()
-        print(f"   {sigma:7.2f}{c_skip:9.4f}{c_out:9.4f}{c_in:9.4f}" + "{:18.2f}{:13.2f}{:17.2f}".format(*deviations))
+        x = images + sigma * noise
+        deviations = x.std(), (c_in * x).std(), ((images - c_skip * x) / c_out).std()
+        print(f"   {sigma:7.2f}{c_skip:9.4f}{c_out:9.4f}{c_in:9.4f}{TIME_SCALE * sigma.log() / 4:9.0f}", end="")
+        print("{:18.2f}{:12.2f}{:16.2f}".format(*deviations))
     sigmas = torch.logspace(-2, 2, 200)
-    curves = dict(
-        zip(("c_skip: how much of x is kept", "c_out: how much is added", "c_in"), denoiser.scales(sigmas), strict=True)
-    )
+    names = ("c_skip: how much of x is kept", "c_out: how much is added", "c_in")
     figure, axes = plt.subplots(figsize=(8, 3.8))
-    plot_lines(axes, sigmas, curves, xscale="log", xlabel="sigma", ylabel="factor")
-    axes.axvline(denoiser.sigma_data, color="0.8", zorder=0)
-    axes.text(denoiser.sigma_data * 1.05, 1.4, "sigma = sigma_data")
-    figure.suptitle("At low noise x is kept, at high noise the network draws it all")
-    save_picture(figure, out / "07_scales.png")
+    curves = dict(zip(names, denoiser.scales(sigmas), strict=True))
+    lesson1.plot_lines(axes, sigmas, curves, xscale="log", xlabel="sigma", ylabel="factor")
+    figure.suptitle("At low noise x is kept, at high noise the network makes it all")
+    return figure
 
 
 # %% 8. Time
 # c_in has made every x equally large, so the network can't tell by its size how noisy it is. Each block is told: lesson
-# 1's embedding of the time goes through two layers that all blocks share, and each block turns it into a scale and a
-# shift for each of its channels. They act *after* the second norm; in front of it, as in the lecture, a group norm
-# would take out again what is common to a group.
-class TimeResBlock(ResBlock):
-    """A residual block that takes activations and the embedding."""
+# 1's embedding, which all blocks share, becomes a scale and a shift for each channel. They act *after* the second norm;
+# in front of it, as in the lecture, a group norm would take out again what is common to a group.
+class TimePreActConv(PreActConv):
+    """A pre-activation convolution with scale and shift between norm and activation."""
 
     def __init__(self, in_channels, out_channels, groups, embedding_dim):
         super().__init__(in_channels, out_channels, groups)
-        self.scale_shift = nn.Linear(embedding_dim, 2 * out_channels)
+        self.scale_shift = lesson1.ScaleShift(embedding_dim, in_channels)
 
     def forward(self, x, embedding):
-        """x: `(n, in_channels, h, w)`, embedding: `(n, embedding_dim)`. Returns `(n, out_channels, h, w)`."""
-        scale, shift = self.scale_shift(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)  # n out_channels 1 1, each
-        h = self.conv2.norm(self.conv1(x))  # n out_channels h w
-        h = (1 + scale) * h + shift
-        return self.shortcut(x) + self.conv2.conv(F.silu(h))
+        return self.conv(F.silu(self.scale_shift(self.norm(x), embedding)))
+
+
+class TimeResBlock(ResBlock):
+    """A residual block that takes activations and the embedding `(n, embedding_dim)`."""
+
+    def __init__(self, in_channels, out_channels, groups, embedding_dim):
+        super().__init__(in_channels, out_channels, groups)
+        self.conv2 = TimePreActConv(out_channels, out_channels, groups, embedding_dim)
+        zero_(self.conv2.conv)
+
+    def forward(self, x, embedding):
+        return self.shortcut(x) + self.conv2(self.conv1(x), embedding)
 
 
 class SavedTimeResBlock(Saved, TimeResBlock):
@@ -536,96 +501,74 @@ class TimeUNet(UNet):
     """The U-Net with time (the arguments are UNet's)."""
 
     def __init__(self, channels, widths, depth, groups):
-        self.embedding_dim = 4 * widths[0]  # before super().__init__(), which builds the blocks
         super().__init__(channels, widths, depth, groups)
-        self.embed_time = nn.Sequential(
-            nn.Linear(widths[0], self.embedding_dim),
-            nn.SiLU(),
-            nn.Linear(self.embedding_dim, self.embedding_dim),
-        )
+        self.embed_time = lesson1.TimeEmbedding(widths[0])
 
-    def block(self, place, in_channels, out_channels, saved=False):
-        block = SavedTimeResBlock if saved else TimeResBlock
-        return block(in_channels, out_channels, self.groups, self.embedding_dim)
+    def make_block(self, in_channels, out_channels, saved=False):
+        kind = SavedTimeResBlock if saved else TimeResBlock
+        return kind(in_channels, out_channels, self.groups, 4 * self.widths[0])
 
-    def embed(self, time, label):
-        """The embedding, `(n, embedding_dim)`. Raises ValueError where time isn't `(n,)`."""
-        return self.embed_time(timestep_embedding(time, self.widths[0]))
+    def forward(self, x, time):
+        """x and the result: `(n, channels, height, width)`; time: `(n,)`, float."""
+        return super().forward(x, self.embed_time(time))
 
 
-@lesson
-def show_time(out):
-    """8. Time: what the blocks are told"""
+class UntimedUNet(UNet):
+    """The first U-Net where a time is told: it doesn't listen."""
+
+    def forward(self, x, time):
+        return super().forward(x)
+
+
+@lesson1.section
+def show_time():
     torch.manual_seed(0)
     x, norm = torch.randn(4, 16, 14, 14), nn.GroupNorm(4, 16)
     before, after = (norm(3 * x + 1) - norm(x)).abs().mean(), (3 * norm(x) + 1 - norm(x)).abs().mean()
     print(f"   all channels times 3, plus 1: in front of the norm a change of {before:.0e}, after it of {after:.1f}")
     for kind in (UNet, TimeUNet):
         print(f"   {kind.__name__}: {sum(p.numel() for p in kind(1, (16, 32), 1, 4).parameters()):,} parameters")
-    sigmas = torch.tensor([0.02, 0.1, 0.5, 2, 10, 80])
-    print("   sigma" + "".join(f"{sigma:8g}" for sigma in sigmas))
-    print("   time " + "".join(f"{time:8.0f}" for time in noise_to_time(sigmas)) + "   (pictures: lesson 1, section 3)")
 
 
 # %% 9. Training
-# Pick garments at random, a noise level and noise for each, and let the denoiser say what the garments were.
-def denoising_loss(denoiser, x0, sigma, noise, label=None):
+# Take images, a noise level and noise for each, and let the denoiser say what the images were.
+def denoising_loss(denoiser, x0, sigma, noise, *label):
     """The squared error of x0_hat, weighted by 1 / c_out² (Karras et al. 2022, equation 8). Returns `(n,)`.
 
-    What is left is the plain squared error of the network's own output, so that no sigma outweighs the others. A new
-    network, which says 0, has a loss of 1 at low noise, and of 1 + (mean / sigma_data)² of the images at high noise.
+    What is left is the plain squared error of the network's own output: in a new network, which says 0, no sigma
+    outweighs the others. (Its loss is 1 at low noise, and 1 + (mean / sigma_data)² of the images at high noise.)
     """
-    x0_hat = denoiser(add_noise(x0, sigma, noise), sigma, label)
+    x0_hat = denoiser(add_noise(x0, sigma, noise), sigma, *label)
     _, c_out, _ = denoiser.scales(sigma)
     return (x0_hat - x0).square().mean(dim=(1, 2, 3)) / c_out**2
 
 
-P_MEAN, P_STD = lesson1.LOG_SIGMA  # of ln(sigma): most training is where there's most to learn, at 0.1 to 1
+# An epoch is all images in random order. And whatever is random in a step depends on seed and step alone, so that a run
+# that was interrupted, or is shared among processes, sees the same as one that was neither.
+@functools.lru_cache(maxsize=2)
+def permutation(n, seed, epoch):
+    """The order in which an epoch goes through n images: `(n,)`."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def draw_batch(images, labels, batch_size, seed, step, training_label, share=slice(None)):
-    """The step's x0, sigma, noise and label: on one kind of device a function of seed and step, so that a resumed run
-    sees the same. share: the part of the batch to return; each of several processes has its own."""
-    mixed = int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0])  # similar pairs, unrelated seeds
-    generator = torch.Generator(images.device).manual_seed(mixed)
-    on_device = {"generator": generator, "device": images.device}
-    chosen = torch.randint(len(images), (batch_size,), **on_device)
-    x0 = images[chosen].float() / 127.5 - 1
-    sigma = (P_MEAN + P_STD * torch.randn(batch_size, **on_device)).exp()
-    noise = torch.randn(x0.shape, **on_device)
-    batch = x0, sigma, noise, training_label(labels[chosen], generator)
-    return [part if part is None else part[share] for part in batch]
+P_MEAN, P_STD = -1.2, 1.2  # of ln(sigma): most training is where there is most to learn, at 0.1 to 1
 
 
-# The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon takes its momentum
-# and makes the step equally large in all directions (all singular values about 1). A convolution's weights are a matrix
-# as well: the output channels by all that each of them looks at.
-class ConvMuon(torch.optim.Muon):
-    """Muon (Jordan et al. 2024) for convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`."""
+def draw_batches(images, labels, batch_size, seed, steps):
+    """Yield (step, x0, sigma, noise, label) for each of `steps`, a range.
 
-    def __init__(self, weights, **settings):
-        self.weights = list(weights)
-        super().__init__([nn.Parameter(torch.empty_like(weight.flatten(1))) for weight in self.weights], **settings)
-
-    @torch.no_grad()
-    def step(self):
-        pairs = list(zip(self.param_groups[0]["params"], self.weights, strict=True))
-        for matrix, weight in pairs:
-            matrix.copy_(weight.flatten(1))
-            matrix.grad = weight.grad.flatten(1)
-        super().step()
-        for matrix, weight in pairs:
-            weight.copy_(matrix.view_as(weight))
-
-
-def make_optimizers(denoiser, peak):
-    """Muon for the convolutions, AdamW for everything else; peak: AdamW's highest learning rate."""
-    convolutions = [parameter for parameter in denoiser.parameters() if parameter.ndim == 4]
-    others = [parameter for parameter in denoiser.parameters() if parameter.ndim != 4]
-    return [
-        ConvMuon(convolutions, lr=10 * peak, weight_decay=0.001),
-        torch.optim.AdamW(others, peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True),
-    ]
+    images: uint8 `(n, c, h, w)`, labels: int64 `(n,)`, both on the device. Image i of step s is image number
+    p = s · batch_size + i of the training: entry p % n of permutation p // n.
+    """
+    n, device = len(images), images.device
+    for step in steps:
+        numbers = range(step * batch_size, (step + 1) * batch_size)
+        chosen = torch.tensor([permutation(n, seed, p // n)[p % n] for p in numbers], device=device)
+        mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)  # similar pairs, unrelated seeds
+        torch.manual_seed(int(mixed[0]))
+        x0 = images[chosen].float() / 127.5 - 1
+        sigma = (P_MEAN + P_STD * torch.randn(batch_size, device=device)).exp()
+        yield step, x0, sigma, torch.randn_like(x0), labels[chosen]
 
 
 def schedule(step, steps):
@@ -635,38 +578,37 @@ def schedule(step, steps):
 
 
 # A few early gradients are huge, and warm-up and clipping keep them from throwing the weights off. And the latest
-# weights jump about, while their mean doesn't: it is the mean that will draw.
-def train(denoiser, average, optimizers, images, labels, start, steps, batch_size, seed, share=slice(None)):
-    """Train from step `start` to `steps`, and yield (step, loss) after each, the loss as a tensor on the device.
+# weights jump about, while their mean doesn't: it is the mean that will sample.
+def train(denoiser, ema, optimizers, batches, steps):
+    """Train, and yield (step, loss, norm of the gradients) after each step, both as tensors on the device.
 
-    images: uint8 `(n, c, h, w)`, labels: int64 `(n,)`, both on the device. average: a copy of the denoiser, which
-    becomes the moving average of its weights. share: as in draw_batch.
+    batches: yields what `draw_batches` does, the label as far as the network takes one. ema: a copy of the denoiser,
+    which becomes the moving average of its weights. steps: of the whole training, for the schedule.
     """
-    training_label = denoiser.network.training_label
-    for step in range(start, steps):
-        x0, sigma, noise, label = draw_batch(images, labels, batch_size, seed, step, training_label, share)
-        loss = denoising_loss(denoiser, x0, sigma, noise, label).mean()
-        denoiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+    for step, *batch in batches:
+        loss = denoising_loss(denoiser, *batch).mean()
         for optimizer in optimizers:
+            optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * schedule(step, steps)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        for optimizer in optimizers:
             optimizer.step()
-        update_average(average, denoiser, step)
-        yield step, loss.detach()
+        update_ema(ema, denoiser, step)
+        yield step, loss.detach(), norm
 
 
 @torch.no_grad()
-def update_average(average, denoiser, step):
+def update_ema(ema, denoiser, step):
     """Move the average towards the weights: it looks back over about a tenth of the steps so far, however many (an
     exponential moving average, EMA, whose window grows; Karras et al. 2024)."""
-    slow, fast = list(average.parameters()), list(denoiser.parameters())
+    slow, fast = list(ema.parameters()), list(denoiser.parameters())
     torch._foreach_lerp_(slow, fast, min(1.0, 10 / (step + 1)))  # on a GPU in a few kernels, not one for each tensor
 
 
-# How much does time help? An image shows by itself how noisy it is, unlike the single pixel of lesson 1. So we may
-# expect little; the two small nets below tell. (c_in, c_skip and c_out know sigma for both: it's the network that isn't
-# told.) Few of the levels they are trained at are near the ends of the scale.
+# How much does time help? We might expect much, and find hardly anything: the two small nets below differ by a few per
+# cent, now in favour of one, now of the other. The reason is that an image shows by itself how noisy it is. Wherever
+# there is background, pixels that should all be -1 differ by as much as the noise is strong.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 
@@ -677,46 +619,118 @@ def loss_by_level(denoiser, images, levels=LEVELS):
     return [float(denoising_loss(denoiser, images, torch.full((len(images),), s), noise).mean()) for s in levels]
 
 
-def train_small(network_class, images, steps=120):
-    """A small denoiser, trained on `(n, 1, h, w)` in [-1, 1] with the same batches and noise whatever the class."""
+def train_small(network_class, images, make_optimizers, steps=120):
+    """The average of a small denoiser that was trained on `(n, 1, h, w)` in [-1, 1], and its losses: with the same
+    batches and noise whatever the class and the optimizers."""
     torch.manual_seed(0)
     denoiser = Denoiser(network_class(4, (16, 32), depth=1, groups=4), float(images.std()), patch=2)
-    average = copy.deepcopy(denoiser)
-    optimizers = make_optimizers(denoiser, peak=0.004)
-    pictures, labels = ((images + 1) * 127.5).round().byte(), torch.zeros(len(images), dtype=torch.int64)
-    for _ in train(denoiser, average, optimizers, pictures, labels, 0, steps, batch_size=64, seed=0):
-        pass
-    return average
+    ema = copy.deepcopy(denoiser)
+    pixels, labels = ((images + 1) * 127.5).round().byte(), torch.zeros(len(images), dtype=torch.int64)
+    batches = ((*batch[:-1],) for batch in draw_batches(pixels, labels, 64, 0, range(steps)))  # without the label
+    return ema, [float(loss) for _, loss, _ in train(denoiser, ema, make_optimizers(denoiser), batches, steps)]
 
 
-@lesson
-def show_levels(out):
-    """9. Training: the loss at each noise level, of two small nets trained for 120 steps, one told the time"""
-    images, _ = load_garments("train", 2000)
-    garments, name = load_garments("test", 100)
-    kinds = {"without time": UNet, "with time": TimeUNet}
-    losses = {label: loss_by_level(train_small(kind, images), garments) for label, kind in kinds.items()}
+def adamw(parameters, max_lr):
+    return torch.optim.AdamW(parameters, max_lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+
+@lesson1.section
+def show_training():
+    (images, _), (garments, name) = load_garments("train", 2000), load_garments("test", 100)
+    losses = {}
+    for label, kind in {"without time": UntimedUNet, "with time": TimeUNet}.items():
+        ema, _ = train_small(kind, images, lambda denoiser: [adamw(denoiser.parameters(), 0.004)])
+        losses[label] = loss_by_level(ema, garments)
     print("   sigma       " + "".join(f"{sigma:7g}" for sigma in LEVELS) + "   mean")
     for label, values in losses.items():
         print(f"   {label:12}" + "".join(f"{value:7.3f}" for value in values) + f"{np.mean(values):7.3f}")
-    gains = [1 - told / untold for untold, told in zip(*losses.values(), strict=True)]
-    most, least = int(np.argmax(gains)), int(np.argmin(gains))
-    summary = f"Told the time, the loss changes by {-gains[most]:+.0%} at sigma {LEVELS[most]:g}"
-    summary += f", but by {-gains[least]:+.0%} at {LEVELS[least]:g}"
-    print(f"   {summary}")
+    corner = add_noise(garments, torch.tensor(LEVELS).repeat(10), torch.randn_like(garments))[:, :, :3, :3]
+    spread = corner.std(dim=(1, 2, 3)).view(10, -1).mean(dim=0)  # what the background in the corner says
+    print("   corner says " + "".join(f"{value:7.2g}" for value in spread))
     figure, axes = plt.subplots(figsize=(8, 4))
-    plot_lines(axes, LEVELS, losses, xscale="log", ylim=0, xlabel="sigma", ylabel=f"loss on test images ({name})")
-    figure.suptitle(summary)
-    save_picture(figure, out / "09_levels.png")
+    label = f"loss on test images ({name})"
+    lesson1.plot_lines(axes, LEVELS, losses, xscale="log", ylim=0, xlabel="sigma", ylabel=label)
+    first, second = (np.mean(values) for values in losses.values())
+    figure.suptitle(
+        f"Told the time, the loss changes by {second / first - 1:+.1%} only: an image shows how noisy it is"
+    )
+    return figure
 
 
-# %% 10. Sampling
-# From pure noise, in small steps, towards what the denoiser says. At first it says much the same for every noise:
+# %% 10. An aside: Muon
+# The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon (Jordan et al.
+# 2024) takes the momentum and makes the step equally large in all directions: all singular values about 1. A
+# convolution's weights are a matrix as well: the output channels by all that each of them looks at.
+#
+# The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
+# singular value s to a s + b s³ + c s⁵, and five such steps bring anything from 0.0015 to 1 to about 1. As G has only
+# as many rows as X, the steps are done on G, and X is multiplied once, at the end.
+def orthogonalize(x):
+    """Matrices `(n, rows, columns)` in float32 with all singular values moved to about 1 (0.68 to 1.21 where they were
+    at least 0.0015 of the matrix's norm)."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT  # n rows rows
+    identity = product = torch.eye(x.shape[1], device=x.device)
+    for _ in range(5):
+        polynomial = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+        product, gram = polynomial @ product, polynomial @ polynomial @ gram
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """For convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`; all of one shape at a time."""
+
+    def __init__(self, weights, lr, momentum=0.95, weight_decay=0.001):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        by_shape = {}
+        for weight in group["params"]:
+            by_shape.setdefault(weight.shape, []).append(weight)
+        for shape, weights in by_shape.items():
+            directions = []
+            for weight in weights:
+                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+                mean.lerp_(weight.grad, 1 - group["momentum"])
+                directions.append(weight.grad.lerp(mean, group["momentum"]).flatten(1))  # Nesterov: one step ahead
+            lr = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5
+            for weight, step in zip(weights, orthogonalize(torch.stack(directions)), strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.view(shape))
+
+
+def make_optimizers(denoiser, max_lr):
+    """Muon for the convolutions, AdamW for everything else; max_lr: AdamW's highest learning rate."""
+    convolutions = [parameter for parameter in denoiser.parameters() if parameter.ndim == 4]
+    others = [parameter for parameter in denoiser.parameters() if parameter.ndim != 4]
+    return [Muon(convolutions, 10 * max_lr), adamw(others, max_lr)]
+
+
+@lesson1.section
+def show_muon():
+    images, name = load_garments("train", 2000)
+    torch.manual_seed(0)
+    x = torch.randn(1, 48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
+    before, after = torch.linalg.svdvals(x / x.norm())[0], torch.linalg.svdvals(orthogonalize(x))[0]
+    for label, values in {"before": before, "after": after}.items():
+        print(f"   singular values {label}: " + " ".join(f"{value:.3f}" for value in values[:12]))
+    choices = {"AdamW": lambda d: [adamw(d.parameters(), 0.004)], "Muon and AdamW": lambda d: make_optimizers(d, 0.004)}
+    curves = {label: train_small(TimeUNet, images, choice)[1] for label, choice in choices.items()}
+    late = {label: float(np.mean(losses[-20:])) for label, losses in curves.items()}
+    figure, axes = plt.subplots(figsize=(8, 3.8))
+    lesson1.plot_lines(axes, range(120), curves, xlabel="step of training", ylabel="loss", ylim=(0, 1.1))
+    said = " and ".join(f"{loss:.3f} with {label}" for label, loss in late.items())
+    figure.suptitle(f"Loss in the last 20 of 120 steps: {said} ({name})")
+    return figure
+
+
+# %% 11. Sampling: one step by hand, then all
+# From pure noise, in small steps, towards what a denoiser says. At first it says much the same for every noise:
 # something like the mean of all garments. A step goes a part of the way there, until as much noise is left as the next
 # sigma says. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
-SIGMA_MIN, SIGMA_MAX = lesson1.SIGMA_RANGE  # noise that can hardly be seen, and noise in which nothing can be seen
-
-
 def noise_levels(steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=7):
     """`steps + 1` values from sigma_max to sigma_min, denser towards the small ones, and then 0 (Karras et al. 2022,
     equation 5)."""
@@ -733,8 +747,8 @@ def starting_noise(seed, label, index, shape):
 def sample(denoise, noise, sigmas, method="dpm++"):
     """Yield each state (sigma, x, x0_hat) on the way from noise to images; the last has sigma 0 and x = x0_hat.
 
-    denoise(x, sigma) -> x0_hat, with sigma `(n,)`. noise: `(n, c, h, w)`, unit variance. sigmas: falling, from
-    `noise_levels`. method: what a step assumes on its way to the next sigma,
+    denoise(x, sigma) -> x0_hat, with sigma `(n,)` on the CPU, where nobody has to wait for it. noise: `(n, c, h, w)`,
+    unit variance. sigmas: falling, from `noise_levels`. method: what a step assumes on its way to the next sigma,
     "ddim":  that x0_hat stays as it is (Song, Meng and Ermon 2021; Euler's method in sigma). Error ~ 1 / steps.
     "dpm++": that x0_hat goes on as since the last step, linearly in ln(sigma) (Lu et al. 2022, DPM-Solver++(2M)). Error
              ~ 1 / steps², for the same one evaluation a step.
@@ -747,7 +761,7 @@ def sample(denoise, noise, sigmas, method="dpm++"):
     x = noise * sigmas[0]
     x0_last = length_last = None  # of the step before: its x0_hat, and its length in ln(sigma)
     for sigma, sigma_next in pairwise(sigmas):
-        x0_hat = denoise(x, x.new_full((len(x),), sigma))
+        x0_hat = denoise(x, torch.full((len(x),), sigma, dtype=x.dtype))
         yield sigma, x, x0_hat
         ratio = sigma_next / sigma
         target = x0_hat
@@ -759,14 +773,88 @@ def sample(denoise, noise, sigmas, method="dpm++"):
         if sigma_next > 0 and method == "heun":
             guess = x0_hat + ratio * (x - x0_hat)
             slope = (x - x0_hat) / sigma
-            slope_next = (guess - denoise(guess, x.new_full((len(x),), sigma_next))) / sigma_next
+            slope_next = (guess - denoise(guess, torch.full((len(x),), sigma_next, dtype=x.dtype))) / sigma_next
             x = x + (sigma_next - sigma) * (slope + slope_next) / 2
         else:
             x = target + ratio * (x - target)
     yield 0.0, x, x
 
 
-# %% 11. What is trained: a run and its checkpoint
+# A network has to be trained before it can sample. But for a handful of images the best denoiser there is can be
+# written down: x may have been each of them, with a probability that falls with the distance, and the mean of what it
+# may have been is the best guess. It is attention (lesson 2): the query is x, keys and values are the images. It knows
+# its images by heart and makes nothing else. A network can't know 60,000 by heart, and so makes new ones.
+def ideal_denoiser(images):
+    """denoise(x, sigma) for `sample`, which knows images `(m, c, h, w)`: the mean of those that x may have been."""
+
+    def denoise(x, sigma):
+        squared = torch.cdist(x.flatten(1), images.flatten(1)) ** 2  # n m
+        weights = (-squared / (2 * sigma[:, None] ** 2)).softmax(dim=1)  # n m: Bayes' rule
+        return (weights @ images.flatten(1)).view_as(x)
+
+    return denoise
+
+
+def spread(images):
+    """How far images `(n, ...)` differ: the standard deviation of a pixel among them, on average over the pixels."""
+    return float(images.var(dim=0).mean().sqrt())
+
+
+def plot_film(title, states, columns=10):
+    """A film strip of `sample`'s states: what it holds (scaled to be seen), and what x0 is expected, below."""
+    frames = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(columns, len(states)))]
+    strips = []
+    for image in range(len(frames[0][1])):
+        strips += [x[image] / max(1.0, x[image].std().item()) for _, x, _ in frames]
+        strips += [x0_hat[image] for _, _, x0_hat in frames]
+    rows, heads = ["x", "x0_hat"] * len(frames[0][1]), [f"σ = {sigma:.2g}" for sigma, _, _ in frames]
+    return lesson1.plot_grid(title, torch.stack(strips), len(frames), rows, heads)
+
+
+@lesson1.section
+def show_sampling():
+    images, name = load_garments("train", 1000)
+    denoise, sigmas = ideal_denoiser(images), noise_levels(18)
+    noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(4)])
+    x = sigmas[0] * noise  # n c h w: nothing but noise
+    x0_hat = denoise(x, torch.full((4,), sigmas[0]))  # n c h w: something like the mean garment
+    x_next = x0_hat + sigmas[1] / sigmas[0] * (x - x0_hat)  # n c h w: the noise is smaller, its direction is the same
+    states = list(sample(denoise, noise, sigmas))
+    print(f"   sigma {sigmas[0]:.1f} to {sigmas[1]:.1f}: deviation of x {x.std():.1f} to {x_next.std():.1f}")
+    print(f"   by hand or by sample, largest difference: {(x_next - states[1][1]).abs().max():g}")
+    print("      sigma   deviation of x   of x0_hat   of x0_hat between the four images")
+    for sigma, x, x0_hat in states[::3]:
+        print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{spread(x0_hat):36.2f}")
+    early, late = spread(states[0][2]), spread(states[-1][2])
+    return plot_film(
+        f"Four expected garments differ by {early:.2f} at first, by {late:.2f} at the end ({name})", states
+    )
+
+
+# %% 12. Few steps or many
+# The path from noise to a garment is a curve, and DDIM's step follows its tangent. So the more steps, the nearer we
+# come to where the path leads. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the
+# bend, and is as near after fewer steps. Where the path leads, we take from 400 steps of a third method, Heun's.
+@lesson1.section
+def show_few_steps():
+    images, name = load_garments("train", 1000)
+    noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(100)])
+    counts, off = (3, 6, 12, 18, 36), {"ddim": [], "dpm++": []}
+    *_, (_, end, _) = sample(ideal_denoiser(images), noise, noise_levels(400), "heun")
+    for method, steps in ((method, steps) for method in off for steps in counts):
+        *_, (_, x, _) = sample(ideal_denoiser(images), noise, noise_levels(steps), method)
+        off[method].append(float(F.mse_loss(x, end).sqrt()))
+    print("   steps  " + "".join(f"{steps:8}" for steps in counts))
+    for method, values in off.items():
+        print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
+    figure, axes = plt.subplots(figsize=(7, 3.8))
+    lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0, xticks=counts)
+    ratio = off["ddim"][3] / off["dpm++"][3]
+    figure.suptitle(f"With 18 steps DDIM is {ratio:.1f} times as far from the end of the path as dpm++ ({name})")
+    return figure
+
+
+# %% The run: what is trained
 class Preset(NamedTuple):
     widths: tuple[int, ...]  # channels of each level
     depth: int  # residual blocks a level
@@ -775,7 +863,7 @@ class Preset(NamedTuple):
     attention_levels: tuple[int, ...]  # in lesson 4
     head_dim: int  # channels of a head there
     batch_size: int
-    peak: float  # learning rate for that batch size, AdamW's
+    max_lr: float  # AdamW's highest learning rate for that batch size
     epochs: float
 
 
@@ -808,8 +896,34 @@ class Run(NamedTuple):
         return f"{self.data}, {self.network}, {self.preset}, {self.epochs:g} epoch{'s' * (self.epochs != 1)}"
 
 
+class Model(NamedTuple):
+    """What a run has to know of a network."""
+
+    name: str  # of its class
+    build: Callable  # build(preset, n_classes): a new one
+    told: Callable = lambda label, n_classes: ()  # what it is told of the labels `(n,)` in training, a tuple
+
+
+def make_model(network_class):
+    """The `Model` of a network that takes no label."""
+
+    def build(preset, n_classes):
+        return network_class(preset.patch**2, preset.widths, preset.depth, preset.groups)
+
+    return Model(network_class.__name__, build)
+
+
 class UserError(Exception):
     """Something that the user can mend; the message is one line that says how."""
+
+
+def choose_device(name):
+    """The torch.device for --device. Raises UserError where it isn't there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = [device for device in there if there[device]]
+    if name != "auto" and name not in available:
+        raise UserError(f"--device {name}: there is none here, only {', '.join(available)}")
+    return torch.device(available[0] if name == "auto" else name)
 
 
 def choose_precision(device):
@@ -822,52 +936,13 @@ def choose_precision(device):
     return torch.bfloat16 if fast.get(device.type) else None
 
 
-def make_denoiser(run, network_class, device, weights=None):
-    """The denoiser of a `Run`, with these weights (a state_dict) or new ones that its seed decides. Raises UserError
-    where the weights don't fit."""
+def make_denoiser(run, model, device):
+    """The new denoiser of a `Run`, with weights that its seed decides."""
     torch.manual_seed(run.seed)
     preset = PRESETS[run.preset]
-    network = network_class.from_preset(preset, len(run.classes))
+    network = model.build(preset, len(run.classes))
     denoiser = Denoiser(network, run.sigma_data, preset.patch, choose_precision(device))
-    try:
-        if weights:
-            denoiser.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"the checkpoint isn't of today's preset {run.preset!r}; --restart trains anew") from error
     return denoiser.to(device, memory_format=torch.channels_last)  # the order in which convolutions are fastest
-
-
-def save_checkpoint(path, content):
-    """All or nothing: an interrupted write leaves the old file as it was."""
-    part = path.with_suffix(".part")
-    torch.save(content, part)
-    part.replace(path)
-
-
-def find_checkpoint(options):
-    """Where the checkpoint is: in --out, or what came with the scripts."""
-    pretrained = getattr(options, "pretrained", False)
-    return lesson1.HERE / "data" / "pretrained" / "cond.pt" if pretrained else options.out / "checkpoint.pt"
-
-
-def load_checkpoint(path):
-    """The checkpoint's content, or None where there is none. Raises UserError where it can't be read."""
-    if not path.exists():
-        return None
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return {**content, "run": Run(**content["run"]), "step": content["step"], "average": content["average"]}
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
-
-
-def choose_device(name):
-    """The torch.device for --device. Raises UserError where it isn't there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    available = [device for device in there if there[device]]
-    if name != "auto" and name not in available:
-        raise UserError(f"--device {name}: there is none here, only {', '.join(available)}")
-    return torch.device(available[0] if name == "auto" else name)
 
 
 def pad(images, preset):
@@ -883,428 +958,213 @@ def crop(images, size):
     return images[:, :, top : top + size[0], left : left + size[1]]
 
 
-# %% 12. Sampling: one step by hand, then all
-# Small nets that are trained for seconds don't draw. So the last sections ask the network that a run has trained.
-def load_trained(lesson, *network_classes):
-    """The denoiser in the checkpoint of the lesson's --out, and its `Run`. Raises NotTrained where there is none of
-    these classes."""
-    kinds = {network_class.__name__: network_class for network_class in network_classes}
-    checkpoint = load_checkpoint(find_checkpoint(lesson.options))
-    if not checkpoint or checkpoint["run"].network not in kinds:
-        command = f"python {lesson.script} --out {lesson.options.out}"
-        raise NotTrained(f"for want of a trained network: {command} trains one")
-    run = checkpoint["run"]
-    denoiser = make_denoiser(run, kinds[run.network], choose_device(str(lesson.options.device)), checkpoint["average"])
-    print(f"   {run.title}, {checkpoint['step']:,} of {run.steps:,} steps")
-    return denoiser.eval().requires_grad_(False), run
-
-
-def draw_noise(run, device, starts):
-    """Starting noise `(n, 1, h, w)` of the padded size of a run's images; starts: (seed, label, index) of each."""
-    shape = pad(torch.empty(1, 1, *run.size), PRESETS[run.preset]).shape[1:]  # 1 h w
-    return torch.stack([starting_noise(*start, shape) for start in starts]).to(device)
-
-
-def spread(images):
-    """How far images `(n, ...)` differ: the standard deviation of a pixel among them, on average over the pixels."""
-    return float(images.var(dim=0).mean().sqrt())
-
-
-def save_film(path, title, states, shown=4, columns=10):
-    """A film strip of `sample`'s states: what the sampler holds (scaled to be seen), and what x0 it expects, below."""
-    frames = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(columns, len(states)))]
-    strips = []
-    for image in range(min(shown, len(frames[0][1]))):
-        strips += [x[image] / max(1.0, x[image].std().item()) for _, x, _ in frames]
-        strips += [x0_hat[image] for _, _, x0_hat in frames]
-    rows = ["x", "x0_hat"] * (len(strips) // len(frames) // 2)
-    save_images(path, title, torch.stack(strips), len(frames), rows, [f"σ = {sigma:.2g}" for sigma, _, _ in frames])
-
-
-@lesson
-def show_sampling(out):
-    """12. Sampling: one step by hand, then all"""
-    denoiser, run = load_trained(lesson, UNet, TimeUNet)
-    noise = draw_noise(run, denoiser.device, [(0, 0, index) for index in range(4)])
-    sigmas = noise_levels(18)
-    x = sigmas[0] * noise  # n c h w: nothing but noise
-    x0_hat = denoiser(x, torch.full((4,), sigmas[0], device=x.device))  # n c h w: something like the mean garment
-    x_next = x0_hat + sigmas[1] / sigmas[0] * (x - x0_hat)  # n c h w: the noise is smaller, its direction is the same
-    states = list(sample(denoiser, noise, sigmas))
-    print(f"   sigma {sigmas[0]:.1f} to {sigmas[1]:.1f}: deviation of x {x.std():.1f} to {x_next.std():.1f}")
-    print(f"   by hand or by sample, largest difference: {(x_next - states[1][1]).abs().max():g}")
-    print("      sigma   deviation of x   of x0_hat   of x0_hat between the four images")
-    for sigma, x, x0_hat in states[::3]:
-        print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{spread(x0_hat):36.2f}")
-    early, late = spread(states[0][2]), spread(states[-1][2])
-    title = f"The four expected garments differ by {early:.2f} at first, by {late:.2f} at the end ({run.data})"
-    film = [(sigma, *(crop(part, run.size).cpu() for part in state)) for sigma, *state in states]
-    save_film(out / "12_sampling.png", title, film)
-
-
-# %% 13. Few steps or many
-# The path from noise to a garment is a curve, and DDIM's step follows its tangent. So the more steps, the nearer we
-# come to where the path leads. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the
-# bend, and is as near after fewer steps. Where the path leads, we take from 100 steps of a third method, Heun's.
-@lesson
-def show_few_steps(out):
-    """13. Few steps or many, DDIM or DPM-Solver++(2M): distance from the end of the path"""
-    denoiser, run = load_trained(lesson, UNet, TimeUNet)
-    noise = draw_noise(run, denoiser.device, [(0, 0, index) for index in range(6)])
-    counts, ends = (3, 6, 12, 18, 36), {}  # ends: n 1 h w for each method and number of steps
-    for method, steps in [("heun", 100), *((method, steps) for method in ("ddim", "dpm++") for steps in counts)]:
-        *_, (_, x, _) = sample(denoiser, noise, noise_levels(steps), method)
-        ends[method, steps] = crop(x, run.size).cpu()
-    off = {
-        method: [float(F.mse_loss(ends[method, steps], ends["heun", 100]).sqrt()) for steps in counts]
-        for method in ("ddim", "dpm++")
-    }
-    print("   steps  " + "".join(f"{steps:8}" for steps in counts))
-    for method, values in off.items():
-        print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 4.2), width_ratios=(2, 3))
-    plot_lines(left, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0, xticks=counts)
-    rows = {f"{method}, {steps}": ends[method, steps] for method, steps in ends if steps in (6, 18, 100)}
-    plot_images(right, torch.cat(list(rows.values())), 6, rows)
-    ratio = off["ddim"][counts.index(18)] / off["dpm++"][counts.index(18)]
-    figure.suptitle(f"With 18 steps DDIM is {ratio:.1f} times as far from the end of the path as dpm++ ({run.data})")
-    save_picture(figure, out / "13_few_steps.png")
-
-
-# %% Machinery: several processes
-# `torchrun` starts this script several times, and tells each process which one it is. All have the same weights. Each
-# draws the numbers of the whole batch, computes on its share, and steps with the mean of all gradients, so the weights
-# stay the same. The first process alone prints, and writes files.
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of the same machine
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join():
-    """Wait until all processes are here, if there are several."""
-    if PROCESSES > 1 and not dist.is_initialized():
-        dist.init_process_group()
-
-
-class Spokesman(Parser):
-    """A command line whose errors come once: what is wrong for one process is wrong for all. The first one says it and
-    ends, and torchrun then ends the others, which are still waiting for it."""
-
-    def exit(self, status=0, message=None):
-        if status == 2 and LOCAL_RANK:
-            join()
-        super().exit(status, message)
-
-
-def take_part(device, batch_size):
-    """Take a GPU of one's own. Raises UserError where there are too few, or where the batch has no equal shares."""
-    if batch_size % PROCESSES:
-        raise UserError(f"--batch-size {batch_size}: must be a multiple of {PROCESSES}, the number of processes")
-    if device.type == "mps" and PROCESSES > 1:
-        raise UserError("--device mps: takes one process only; several need --device cpu or cuda")
-    if device.type == "cuda":
-        here, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > there:
-            raise UserError(f"--device cuda: there are {there} GPUs here, too few for {here} processes")
-        torch.cuda.set_device(LOCAL_RANK)
-
-
-def leave():
-    """The first process goes on alone, the others have done their part."""
-    if PROCESSES > 1:
-        dist.destroy_process_group()
-    if RANK:
-        raise SystemExit
-
-
-def from_first(run, checkpoint):
-    """The run and the checkpoint of the first process, whose file others may not see. Raises UserError where this
-    process would make another run."""
-    first = [run, checkpoint]
-    if PROCESSES > 1:
-        dist.broadcast_object_list(first)
-    if first[0] != run._replace(sigma_data=first[0].sigma_data):  # which may differ in its last digit
-        raise UserError(f"process {RANK} has other options or data ({run.title}) than the first ({first[0].title})")
-    return first
-
-
-class Replica(nn.parallel.DistributedDataParallel):
-    """The denoiser in one of several processes: a backward pass leaves the mean of all gradients in each of them. Each
-    part is sent as soon as it is there, while the backward pass goes on."""
-
-    def __getattr__(self, name):  # what the loss asks of a denoiser
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.module, name)
-
-
-def agree(loss, requests):
-    """The mean of all processes' losses, and whether any was asked to stop: all must stop after the same step."""
-    if PROCESSES == 1:
-        return loss, requests
-    both = torch.stack([loss, torch.full_like(loss, len(requests))])
-    dist.all_reduce(both)
-    return both[0] / PROCESSES, both[1]
-
-
-# %% Machinery: the command line
-def number(kind, least, accepted):
-    """For argparse: parse a finite number from `least` up; anything else gets an error that says what is accepted."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be {accepted}, got {text!r}")
-        return value
-
-    return parse
-
-
-def make_parser(script, description):
-    """The options that lessons 3 and 4 share."""
-    count = number(int, 1, "a whole number from 1 up")
-    parser = Spokesman(script, description)
-    add = parser.add_argument
-    add("--data", choices=NAMES, default="auto", help="(%(default)s: garments where Fashion-MNIST can't be had)")
-    add("--data-dir", metavar="DIR", help="folder with the four IDX files, also $FASHION_MNIST_DIR")
-    add("--preset", choices=PRESETS, help="network and settings (lecture on CUDA, small elsewhere)")
-    add("--epochs", metavar="E", type=number(float, 1e-9, "a number above 0"), help="may be a fraction (preset's)")
-    add("--batch-size", metavar="B", type=count, help="images a training step (preset's)")
-    add("--seed", metavar="S", type=number(int, 0, "a whole number from 0 up"), default=0, help="(%(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
-    add("--restart", action="store_true", help="train anew, whatever checkpoint is there")
-    add("--sample-only", action="store_true", help="draw from the checkpoint, don't train")
-    add("--show", action="store_true", help="print and draw what the sections say, to lesson/ in --out; don't train")
-    add(
-        "--n",
-        metavar="N",
-        type=count,
-        help="images to draw; in lesson 4 of each class, unless --class names one (%(default)s)",
-    )
-    add("--steps", metavar="S", type=count, default=18, help="network evaluations for a sample (%(default)s)")
-    return parser
-
-
-def start(parser, main, lesson):
-    """Parse the command line, and call main(options) or show the lesson; what the user can mend is one line and exit
-    status 2."""
-    if RANK:
-        sys.stdout = io.StringIO()
-    options = parser.parse_args()
+# %% The run: its checkpoint
+def save_checkpoint(path, content):
+    """All or nothing: an interrupted write leaves the old file as it was."""
+    buffer, part = io.BytesIO(), path.with_suffix(f".{os.getpid()}.part")
+    torch.save(content, buffer)
     try:
-        options.device = choose_device(options.device)
-        if RANK and (options.show or options.sample_only):
-            return
-        if options.show:
-            lesson.options = options
-            for show in lesson.shows:
-                lesson.run(show)
-        else:
-            main(options)
-    except (UserError, DataError) as error:
-        parser.error(str(error))
-    except RuntimeError as error:
-        if PROCESSES == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        sys.exit(
-            f"{parser.prog}: process {RANK} ends, because another one is gone: torchrun says which. The same command "
-            "goes on from the last checkpoint (one is written every two minutes)"
-        )
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
-
-
-@contextmanager
-def stop_requests():
-    """A list of the signals that came: Ctrl-C or SIGTERM asks to stop after a step, a second one stops at once."""
-    requests = []
-
-    def request(signal_number, frame):
-        requests.append(signal_number)
-        if PROCESSES == 1:  # otherwise a second one is torchrun's, which passes the first one on
-            signal.signal(signal_number, signal.default_int_handler)
-
-    before = {kind: signal.signal(kind, request) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield requests
+        part.write_bytes(buffer.getvalue())
+        part.replace(path)
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        part.unlink(missing_ok=True)
 
 
-# %% Machinery: a run from beginning to end
+def load_checkpoint(path):
+    """The checkpoint's content, or None where there is none. Raises UserError where it is damaged or something else."""
+    if not path.exists():
+        return None
+    try:
+        file = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(file) as archive:  # torch.load checks no sums, and reads a "folder" as zeros
+            if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+                raise ValueError("a checksum is wrong")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        run = Run(**content["run"])
+        return content | {"run": run, "preset": PRESETS[run.preset], "step": content["step"], "ema": content["ema"]}
+    except Exception as error:  # of many kinds: whatever reading strange bytes can lead to
+        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
+
+
+def restore(checkpoint, path, **parts):
+    """Load the state of each part by its name. Raises UserError where one doesn't fit."""
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not of today's preset, or of another version; --restart trains anew") from error
+
+
+def load_trained(path, model, device):
+    """The averaged denoiser in a checkpoint, and its `Run`. Raises UserError where there is none of that model."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint is None:
+        raise UserError(f"{path}: no checkpoint there to sample from; train first, without --sample-only")
+    run = checkpoint["run"]
+    check_same(path, run, {"network": model.name})
+    ema = make_denoiser(run, model, device)
+    restore(checkpoint, path, ema=ema)
+    print(f"network   {run.title}, after {checkpoint['step']:,} of {run.steps:,} steps")
+    return ema.eval().requires_grad_(False), run
+
+
 def check_same(path, run, asked):
     """Raise UserError where the checkpoint's run isn't the one that is asked for (a dictionary of `Run`'s fields)."""
     there = run._asdict()
     differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
     if differing:
         raise UserError(
-            f"{path} is of another run ({'; '.join(differing).replace('_', ' ')}), whose learning rate falls to zero "
-            "at its end: --restart trains anew, --out DIR keeps both"
+            f"{path} is of another run ({'; '.join(differing).replace('_', ' ')}): --restart trains anew, "
+            "--out DIR keeps both"
         )
 
 
-def get_denoiser(options, network_class, check=lambda run: None):
-    """The denoiser that the options ask for, from its checkpoint or trained now, and its `Run`.
+# %% The run: training
+# `torchrun` starts this script several times. Each process draws the numbers of the whole batch, computes on its share,
+# and steps with the mean of all gradients (DistributedDataParallel), so the weights stay the same. All must see the
+# same folder; the first process alone prints, and writes files.
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of the same machine
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 
-    check(run) is called before the work begins, and may raise UserError too.
+
+def get_denoiser(options, model, path):
+    """The averaged denoiser that the options ask for, and its `Run`: from the checkpoint at `path`, or trained now.
+
     Raises UserError or DataError where something is missing or doesn't fit; SystemExit where training was interrupted.
     """
-    path, name = find_checkpoint(options), network_class.__name__
-    checkpoint = None if options.restart else load_checkpoint(path)
+    device = choose_device(options.device)
     if options.sample_only:
-        if checkpoint is None:
-            raise UserError(f"{path}: no checkpoint there to draw from; run without --sample-only first")
-        run = checkpoint["run"]
-        typed = {field: getattr(options, field) for field in ("preset", "epochs", "batch_size")}
-        asked = {"network": name, **{field: value for field, value in typed.items() if value}}
-    else:
-        preset_name = options.preset or ("lecture" if options.device.type == "cuda" else "small")
-        preset = PRESETS[preset_name]
-        epochs, batch_size = options.epochs or preset.epochs, options.batch_size or preset.batch_size
-        take_part(options.device, batch_size)
+        ema, run = load_trained(path, model, device)
+        typed = {name: getattr(options, name) for name in ("preset", "epochs", "batch_size") if getattr(options, name)}
+        check_same(path, run, typed)
+        return ema, run
+    preset_name = options.preset or ("lecture" if device.type == "cuda" else "small")
+    preset = PRESETS[preset_name]
+    batch_size = options.batch_size or preset.batch_size
+    if batch_size % PROCESSES:
+        raise UserError(f"--batch-size {batch_size}: must be a multiple of {PROCESSES}, the number of processes")
+    if PROCESSES > 1:
+        dist.init_process_group()
+        if device.type == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
         if LOCAL_RANK:
-            join()  # here already, to find what the first process of the machine downloads
-        data = load(options.data, "train", options.data_dir)
-        images = pad(torch.from_numpy(data.images)[:, None], preset)
-        of_data = data.name, len(images), data.classes, data.images.shape[1:], images.float().std().item() / 127.5
-        run = Run(name, preset_name, epochs, batch_size, options.seed, *of_data)
-        asked = run._asdict()
-    if checkpoint:
-        check_same(path, checkpoint["run"], asked)
-    check(run)
-    if not options.sample_only:
-        join()
-        run, checkpoint = from_first(run, checkpoint)
-
-    denoiser = make_denoiser(run, network_class, options.device)
-    average = make_denoiser(run, network_class, options.device, checkpoint and checkpoint["average"])
-    average.eval().requires_grad_(False)
-    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
-    cuda = options.device.type == "cuda"
-    device = torch.cuda.get_device_name() if cuda else f"{options.device}, {torch.get_num_threads()} threads"
-    device = f"{PROCESSES} × {device}" if PROCESSES > 1 else device
+            dist.barrier()  # until the first process of the machine has downloaded what there is to download
+    train_set = load_once(split="train", **DATA)
+    if PROCESSES > 1 and not LOCAL_RANK:
+        dist.barrier()
+    images, labels = pad(torch.from_numpy(train_set.images)[:, None], preset), torch.from_numpy(train_set.labels)
+    sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
+    settings = preset_name, options.epochs or preset.epochs, batch_size, options.seed
+    of_data = train_set.name, len(images), train_set.classes, train_set.images.shape[1:], sigma_data
+    run = Run(model.name, *settings, *of_data)
     print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
-    print(f"network   {run.network}, preset {run.preset}: {parameters:,} parameters")
-    print(f"device    {device}, {'bfloat16' if denoiser.precision else 'float32'}")
-    if not options.sample_only:
-        labels = torch.from_numpy(data.labels)
-        fit(run, denoiser, average, images.to(options.device), labels.to(options.device), checkpoint, path)
-        leave()
-    return average, run
-
-
-def fit(run, denoiser, average, images, labels, checkpoint, path):
-    """Train, or go on training, under a progress bar; save a checkpoint now and then, at the end, and when stopped."""
-    preset = PRESETS[run.preset]
-    peak = preset.peak * (run.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch_size)
-    optimizers = make_optimizers(denoiser, peak)
-    done, losses = 0, torch.full((run.steps,), math.nan, device=images.device)
+    checkpoint = None if options.restart else load_checkpoint(path)
     if checkpoint:
-        done = checkpoint["step"]
-        if done == run.steps:
-            print(f"training  finished in an earlier run ({path}); --restart trains anew")
-            return
-        losses.copy_(checkpoint["losses"])
-        denoiser.load_state_dict(checkpoint["denoiser"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        check_same(path, checkpoint["run"], run._asdict())
+    if checkpoint and checkpoint["step"] == run.steps:
+        ema, _ = load_trained(path, model, device)
+        print("training  finished in an earlier run; --restart trains anew")
+    else:
+        ema = fit(run, model, (images.to(device), labels.to(device)), path, checkpoint)
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+    if RANK:
+        sys.exit()  # the first process goes on alone
+    return ema, run
+
+
+@contextmanager
+def stop_requests():
+    """A list of the signals that came: Ctrl-C or SIGTERM asks to stop after a step, a second one stops at once."""
+    stops = []
+
+    def request(number, frame):
+        stops.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several processes would not stop together
+    before = {kind: signal.signal(kind, request) for kind in kinds}
+    try:
+        yield stops
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def fit(run, model, dataset, path, checkpoint):
+    """Train, or go on from a checkpoint, under a progress bar; save every two minutes, at the end, and when stopped.
+
+    dataset: images and labels, as in `draw_batches`. Returns the averaged denoiser.
+    """
+    (images, labels), preset, device = dataset, PRESETS[run.preset], dataset[0].device
+    denoiser = make_denoiser(run, model, device)
+    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    max_lr = preset.max_lr * (run.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch_size)
+    optimizers = make_optimizers(denoiser, max_lr)
+    parts = {"ema": ema, "denoiser": denoiser, "muon": optimizers[0], "adamw": optimizers[1]}
+    done, losses = 0, torch.full((run.steps,), math.nan)
+    if checkpoint:
+        restore(checkpoint, path, **parts)
+        done, losses = checkpoint["step"], checkpoint["losses"]
+    losses = losses.to(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    print(f"network   {run.network}, preset {run.preset}: {sum(p.numel() for p in ema.parameters()):,} parameters")
+    print(f"device    {PROCESSES} × {name}, {'bfloat16' if denoiser.precision else 'float32'}")
     print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
 
-    def save():
-        if RANK:
-            return
-        content = {"run": run._asdict(), "step": done, "losses": losses, "average": average.state_dict()}
-        if done < run.steps:
-            content |= {"denoiser": denoiser.state_dict(), "optimizers": [part.state_dict() for part in optimizers]}
-        save_checkpoint(path, content)
+    network = DistributedDataParallel(denoiser.network) if PROCESSES > 1 else denoiser.network
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        network = torch.compile(network)  # few large kernels of many small ones
+    trained = Denoiser(network, run.sigma_data, preset.patch, denoiser.precision)  # the same weights
 
-    n = run.batch_size // PROCESSES
-    share = slice(RANK * n, (RANK + 1) * n)
-    if images.device.type == "cuda":
-        training_label = denoiser.network.training_label
-        compile_network(denoiser, draw_batch(images, labels, run.batch_size, run.seed, 0, training_label, share))
-    total, begun = run.steps * run.batch_size, done * run.batch_size
+    def batches():
+        n = run.batch_size // PROCESSES
+        share = slice(RANK * n, (RANK + 1) * n)
+        for step, *batch, label in draw_batches(images, labels, run.batch_size, run.seed, range(done, run.steps)):
+            yield step, *(part[share] for part in (*batch, *model.told(label, len(run.classes))))
+
+    def save():
+        content = {"run": run._asdict(), "step": done, "losses": losses}
+        wanted = parts if done < run.steps else {"ema": ema}
+        if RANK == 0:
+            save_checkpoint(path, content | {name: part.state_dict() for name, part in wanted.items()})
+
+    total, begun, saved = run.steps * run.batch_size, done * run.batch_size, time.monotonic()
     bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
-    replica = Replica(denoiser) if PROCESSES > 1 else denoiser
-    to_do = done, run.steps, run.batch_size, run.seed, share
-    training = train(replica, average, optimizers, images, labels, *to_do)
-    at_hand = PROCESSES == 1 or images.device.type == "cpu"  # whether to stop is known without waiting for a GPU
-    saved = time.monotonic()
-    with bar, stop_requests() as requests:
-        for step, loss in training:
-            losses[step], stop = agree(loss, requests)
-            done = step + 1
-            if done % 20 == 0:  # seldom, because it waits for a GPU
-                bar.set_postfix(loss=f"{losses[done - 20 : done].mean().item():.3f}", refresh=False)
+    with bar, stop_requests() as stops:
+        for step, loss, norm in train(trained, ema, optimizers, batches(), run.steps):
+            if PROCESSES > 1:
+                dist.all_reduce(loss)
+            losses[step], done = loss / PROCESSES, step + 1
+            due = stops or done == run.steps or time.monotonic() > saved + 120
+            if due or done % 20 == 0 or device.type == "cpu":  # elsewhere seldom, because it waits for the GPU
+                if not norm.isfinite():
+                    tip = "try a larger --batch-size or another --seed; no checkpoint was written since"
+                    raise UserError(f"the loss is not finite any more at step {done:,}: {tip}")
+                bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean().item():.3f}", refresh=False)
             bar.update(run.batch_size)
-            if time.monotonic() > saved + 120:
+            if due:
                 save()
                 saved = time.monotonic()
-            if (at_hand or done % 20 == 0) and stop:
+            if stops:
                 break
         bar.close()
-        save()
-        if done < run.steps:
-            again = shlex.join(argument for argument in sys.argv if argument != "--restart")
-            again = f"{'python' if PROCESSES == 1 else 'torchrun ...'} {again}"
-            print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:", again, sep="\n")
-            sys.stdout.flush()
-            if PROCESSES > 1:
-                dist.barrier()  # as soon as one has left, torchrun ends the others
-            raise SystemExit(130)
+        if stops:
+            again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
+            print(
+                f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}", flush=True
+            )
+            sys.exit(130)
     print(f"wrote {path}")
-    save_losses(path.with_name("loss.png"), f"{run.title}: the loss", losses.cpu().numpy())
+    if RANK == 0:
+        lesson1.save_picture(plot_losses(f"{run.title}: the loss", losses.cpu().numpy()), path.with_name("loss.png"))
+    return ema
 
 
-def compile_network(denoiser, batch):
-    """Make few large kernels of the network's many small ones; where that fails, say so and leave it as it is.
-
-    batch: (x0, sigma, noise, label) as in training; a pass with it shows now whether it works.
-    """
-    print("compile   the network with torch.compile, which can take a minute", flush=True)
-    denoiser.network.compile()  # in place: the names of the weights stay
-    try:
-        denoising_loss(denoiser, *batch).mean().backward()
-    except Exception as error:  # of many kinds: no compiler for the CPU's part, a GPU too old, ...
-        denoiser.network.compile(disable=True)
-        reason = " ".join(str(error).split("\n")[:2])  # "backend='inductor' raised:", and what
-        print(f"compile   failed, so training will be slower ({reason})")
-    denoiser.zero_grad()
-
-
-def draw(make_denoise, starts, run, options, title, rows=(), columns=10, batch_size=200):
-    """Sample, and write samples.png and samples.npy; after training also denoising.png, a film strip of four images.
-
-    make_denoise(chosen): what `sample` needs for the images in that slice. starts: (seed, label, index) of each image.
-    """
-    noise = draw_noise(run, options.device, starts)
-    filmed = np.linspace(0, min(len(noise), batch_size) - 1, min(len(noise), 4)).round().astype(int)
-    images, film = [], []
-    with tqdm(total=len(noise) * options.steps, unit=" evaluations", unit_scale=True, leave=False) as bar:
-        for first in range(0, len(noise), batch_size):
-            chosen = slice(first, first + batch_size)
-            states = sample(make_denoise(chosen), noise[chosen], noise_levels(options.steps))
-            for sigma, *state in states:
-                x, x0_hat = (crop(part, run.size).cpu() for part in state)
-                bar.update(len(x) if sigma else 0)
-                if first == 0:
-                    film.append((sigma, x[filmed], x0_hat[filmed]))
-            images.append(x)
-    images = torch.cat(images).clamp(-1, 1)
-    save_images(options.out / "samples.png", title, images, columns, rows)
-    np.save(options.out / "samples.npy", images.numpy())
-    print(f"wrote {options.out / 'samples.npy'}")
-    if not options.sample_only:
-        save_film(options.out / "denoising.png", f"{title}: from noise to garment", film)
-
-
-def save_losses(path, title, losses):
-    """The loss of each step, and its mean over the last 2 % of the steps."""
+def plot_losses(title, losses):
+    """The loss of each step, and its mean over 2 % of the steps."""
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure, axes = plt.subplots(figsize=(8, 4.5))
@@ -1312,18 +1172,103 @@ def save_losses(path, title, losses):
     axes.plot(range(window - 1, len(losses)), smooth, color="black", label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="weighted squared error", title=title, ylim=(0, min(1.1, 1.1 * losses.max())))
     axes.legend()
-    save_picture(figure, path)
+    return figure
 
 
-# %% Lesson 3 as a command
-def main(options):
-    denoiser, run = get_denoiser(options, UNet if options.no_time else TimeUNet)
+# %% The run: samples
+def sample_images(run, starts, make_denoise, sampler, device):
+    """An image, `(n, 1, h, w)` in [-1, 1], for each of `starts`, (seed, label, index); and a film of some of them, a
+    list of (sigma, x, x0_hat).
+
+    make_denoise(label): what `sample` needs for images of these labels `(n,)`. sampler(denoise, noise): `sample`.
+    """
+    shape = pad(torch.empty(1, 1, *run.size), PRESETS[run.preset]).shape[1:]  # 1 h w
+    images, film = [], []
+    for first in range(0, len(starts), 200):
+        chosen = starts[first : first + 200]
+        noise = torch.stack([starting_noise(*start, shape) for start in chosen]).to(device)
+        denoise = make_denoise(torch.tensor([label for _, label, _ in chosen], device=device))
+        shown = np.linspace(0, len(chosen) - 1, min(len(chosen), 4)).round()
+        for sigma, *state in tqdm(sampler(denoise, noise), desc="sampling", unit=" steps", leave=False):
+            if first == 0:
+                film.append((sigma, *(crop(part[shown], run.size).cpu() for part in state)))
+        images.append(crop(state[0], run.size).clamp(-1, 1).cpu())
+    return torch.cat(images), film
+
+
+def write_samples(options, title, samples, rows=(), columns=10):
+    """samples.png and samples.npy; where it was trained now, denoising.png, too. samples: of `sample_images`."""
+    images, film = samples
+    lesson1.save_picture(lesson1.plot_grid(title, images, columns, rows), options.out / "samples.png")
+    np.save(options.out / "samples.npy", images.numpy())
+    print(f"wrote {options.out / 'samples.npy'}")
+    if not options.sample_only:
+        lesson1.save_picture(plot_film(f"{title}: from noise to garment", film), options.out / "denoising.png")
+
+
+# %% The command
+def number(kind, low, high):
+    """For argparse: parse a number from low to high."""
+
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
+        return kind(text)
+
+    return number
+
+
+def make_run_parser(script, description, n):
+    """The options that lessons 3 and 4 share, and the group of those that exclude each other. n: images to sample."""
+    parser = lesson1.make_parser(script, description)
+    add, count = parser.add_argument, number(int, 1, 10**6)
+    add("--data", choices=data.NAMES, default="auto", help="(%(default)s: garments where Fashion-MNIST can't be had)")
+    add("--data-dir", metavar="DIR", help="folder with the four IDX files, also $FASHION_MNIST_DIR")
+    add("--preset", choices=PRESETS, help="network and settings (lecture on CUDA, small elsewhere)")
+    add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="may be a fraction (preset's)")
+    add("--batch-size", metavar="B", type=count, help="images a training step (preset's)")
+    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="(%(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
+    add("--show", action="store_true", help="print and draw what the sections say, to lesson/ in --out; don't train")
+    add("--n", metavar="N", type=count, default=n, help="images to sample; of each class, if there are (%(default)s)")
+    add("--steps", metavar="S", type=count, default=18, help="steps to a sample (%(default)s)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--restart", action="store_true", help="train anew, whatever checkpoint is there")
+    group.add_argument("--sample-only", action="store_true", help="sample from the checkpoint, don't train")
+    return parser, group
+
+
+def start(parser, options, work):
+    """Do the work; what the user can mend is one line and exit status 2."""
+    if RANK:
+        sys.stdout = io.StringIO()
+    DATA.update(name=options.data, data_dir=options.data_dir)
+    try:
+        if not (RANK and (options.show or options.sample_only)):
+            work(options)
+    except (UserError, data.DataError, OSError) as error:
+        parser.exit(2, None if RANK else f"{parser.prog}: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+
+
+def work(options):
+    if options.show:
+        lesson1.run_sections(globals(), options.out / "lesson")
+        return
+    model = make_model(UntimedUNet if options.no_time else TimeUNet)
+    denoiser, run = get_denoiser(options, model, options.out / "checkpoint.pt")
     starts = [(options.seed, 0, index) for index in range(options.n)]
-    draw(lambda chosen: denoiser, starts, run, options, f"{run.title}, {options.steps} steps")
+    sampler = functools.partial(sample, sigmas=noise_levels(options.steps))
+    samples = sample_images(run, starts, lambda label: denoiser, sampler, denoiser.device)
+    write_samples(options, f"{run.title}, {options.steps} steps", samples)
 
 
-if __name__ == "__main__":
-    parser = make_parser("03_unet_uncond.py", __doc__)
+def main():
+    parser, _ = make_run_parser(__file__, __doc__, n=100)
     parser.add_argument("--no-time", action="store_true", help="the first U-Net, which isn't told the time")
-    parser.set_defaults(n=100)
-    start(parser, main, lesson)
+    start(parser, parser.parse_args(), work)
+
+
+if __name__ == "__main__" and not hasattr(sys, "ps1"):
+    main()

@@ -1,139 +1,144 @@
-"""Lesson 4: the U-Net gets attention and a class label, and draws the garment it is asked for.
+"""Lesson 4: the U-Net gets attention and a class label, and makes the garment it is asked for.
 
-Running it trains the conditional model, in about ten minutes on two CPU cores, and draws some of each class (lecture
-sections "attention in the U-Net" and "conditional model"; notebook 28).
+Running it trains the conditional model and samples some of each class (lecture sections "attention in the U-Net" and
+"conditional model"; notebook 28).
 
     python 04_unet_cond.py [--epochs E] [--data-dir DIR] [--help]
     python 04_unet_cond.py --sample-only --class "Ankle boot" --n 16
-    python 04_unet_cond.py --pretrained      draws at once, from weights that come with it
+    python 04_unet_cond.py --pretrained      samples at once, from weights that come with it
     python 04_unet_cond.py --show            prints and draws what the sections say, best after the training
 """
 
-# %% What this lesson needs
 import copy
 import functools
 import importlib
 import math
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import nn
 
+lesson1 = importlib.import_module("01_time_embedding")
 lesson2 = importlib.import_module("02_attention")
-MultiHeadSelfAttention = lesson2.MultiHeadSelfAttention
-measure_kept = lesson2.measure_kept
-measure_seconds = lesson2.measure_seconds
-plot_image = lesson2.plot_image
-save_picture = lesson2.save_picture
-
 lesson3 = importlib.import_module("03_unet_uncond")
-PRESETS = lesson3.PRESETS
-Saved = lesson3.Saved
-TimeResBlock = lesson3.TimeResBlock
-TimeUNet = lesson3.TimeUNet
-UserError = lesson3.UserError
-crop = lesson3.crop
-draw = lesson3.draw
-draw_noise = lesson3.draw_noise
-get_denoiser = lesson3.get_denoiser
-load_trained = lesson3.load_trained
-make_parser = lesson3.make_parser
-noise_levels = lesson3.noise_levels
-number = lesson3.number
-sample = lesson3.sample
-save_images = lesson3.save_images
-spread = lesson3.spread
-start = lesson3.start
-zero_ = lesson3.zero_
 
-lesson = lesson3.lesson1.Lesson("04_unet_cond.py", __name__ == "__main__")
+PRETRAINED = Path(lesson1.__file__).parent / "data" / "pretrained" / "cond.pt"
+TRAINED = {"path": PRETRAINED, "device": "auto"}  # the network that the sections ask; the command line can change it
 
 
-# %% 1. Attention after the residual block, and on which levels
+# %% 1. Attention behind the residual block, and on which levels
 # What a convolution found here, every other pixel can now ask for: whether the left shoulder has a sleeve, say. So
-# attention stands after each residual block, down and up, and once in the middle (where notebook 28 has none); a skip
-# is saved after it.
-class AttentionResBlock(TimeResBlock):
-    """A residual block followed by self-attention with `out_channels / head_dim` heads. Raises ValueError where this
-    isn't a whole number."""
+# attention stands behind each residual block, down and up, and once in the middle (where notebook 28 has none); a skip
+# is saved behind it.
+class AttentionResBlock(lesson3.TimeResBlock):
+    """A residual block, with a place for attention behind it."""
 
-    def __init__(self, in_channels, out_channels, groups, embedding_dim, head_dim):
+    def __init__(self, in_channels, out_channels, groups, embedding_dim):
         super().__init__(in_channels, out_channels, groups, embedding_dim)
-        if out_channels % head_dim:
-            raise ValueError(f"head_dim must divide the {out_channels} channels that attention gets, got {head_dim}")
-        self.attention = MultiHeadSelfAttention(out_channels, out_channels // head_dim, groups)
-        zero_(self.attention.proj)
+        self.attention = nn.Identity()
+
+    def add_attention(self, head_dim):
+        """Attention with heads of so many channels. Raises ValueError where they don't divide the block's."""
+        channels, groups = self.conv2.norm.num_channels, self.conv2.norm.num_groups
+        if channels % head_dim:
+            raise ValueError(f"head_dim must divide the {channels} channels that attention gets, got {head_dim}")
+        self.attention = lesson2.MultiHeadSelfAttention(channels, channels // head_dim, groups)
+        lesson3.zero_(self.attention.attention.proj)  # the branch starts silent
 
     def forward(self, x, embedding):
-        """x: `(n, in_channels, h, w)`, embedding: `(n, embedding_dim)`. Returns `(n, out_channels, h, w)`."""
         return self.attention(super().forward(x, embedding))
 
 
-class SavedAttentionResBlock(Saved, AttentionResBlock):
+class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
     pass
 
 
-# Every pixel asks every pixel: at 32 × 32 pixels a single head has a million weights for one image. That memory is why
+# Every pixel hears every pixel: at 32 × 32 pixels a single head has a million weights for one image. That memory is why
 # the lecture leaves the first level out. A fused kernel (lesson 2, section 11) never holds the weights, but its time
-# still grows with the square of the number of pixels. And attention is hardly missed there: neighbours are for
-# convolutions, and what is far away can be asked for on a level where the picture is small.
+# still grows with the square of the number of pixels.
 def measure_levels(preset, size):
-    """For each level of a preset's net, at this padded size, and one image: the side in pixels; the bytes that a
-    residual block keeps for its backward pass, without and with attention; the bytes of all attention weights, were
-    they kept; the seconds of a forward and backward pass, without and with attention."""
-    dim = 4 * preset.widths[0]
-    embedding = torch.zeros(1, dim)
+    """For each level of a preset's net, one image of this padded size: the side in pixels; the megabytes that a block
+    keeps for its backward pass, without and with attention; those of all attention weights, were they kept; the
+    milliseconds of a forward and backward pass, without and with attention."""
+    embedding = torch.zeros(1, 4 * preset.widths[0])
     for level, width in enumerate(preset.widths):
-        side = size // preset.patch // 2**level
-        head_dim = math.gcd(width, preset.head_dim)  # which must divide the width
-        blocks = [
-            TimeResBlock(width, width, preset.groups, dim),
-            AttentionResBlock(width, width, preset.groups, dim, head_dim),
-        ]
-        for block in blocks:
-            block.forward = lambda x, forward=block.forward: forward(x, embedding)
+        side, head_dim = size // preset.patch // 2**level, math.gcd(width, preset.head_dim)
+        blocks = [AttentionResBlock(width, width, preset.groups, 4 * preset.widths[0]) for _ in range(2)]
+        blocks[1].add_attention(head_dim)
         x = torch.randn(1, width, side, side)
-        weights = 4 * (width // head_dim) * side**4
-        kept = [measure_kept(block, x) for block in blocks]
-        yield side, *kept, weights, *measure_seconds(blocks, x, enough=0.3)
+        kept = [lesson2.measure_kept(block, x, embedding) / 1e6 for block in blocks]
+        passes = [functools.partial(block, embedding=embedding) for block in blocks]
+        seconds = lesson2.measure_seconds(passes, x, enough=0.3)
+        yield side, *kept, 4e-6 * (width // head_dim) * side**4, *(1000 * value for value in seconds)
 
 
-def stack_bars(axis, sides, parts, label):
-    """A bar for each level, of which each part `(levels,)` is a piece."""
-    for i, (name, values) in enumerate(parts.items()):
-        below = sum(list(parts.values())[:i])
-        style = {"color": ("0.8", "0.4", "white")[i], "hatch": ("", "", "//")[i], "edgecolor": "black"}
-        axis.bar(range(len(sides)), values, bottom=below, label=name, **style)
-    axis.set_xticks(range(len(sides)), [f"{side:.0f} × {side:.0f}" for side in sides])
-    axis.set(xlabel="level of the lecture's net", ylabel=label)
-    axis.legend()
-
-
-@lesson
-def show_balance(out):
-    """1. What attention costs on each level: one block, one image, forward and backward"""
-    print("                        megabytes kept                       milliseconds")
+@lesson1.section
+def show_cost():
+    print("   one block, one image:    megabytes kept                       milliseconds")
     print("    preset  side   without  with attention  its weights   without  with attention")
     for name, size in {"small": 28, "lecture": 32}.items():
-        table = np.array(list(measure_levels(PRESETS[name], size))) * [1, 1e-6, 1e-6, 1e-6, 1e3, 1e3]
+        table = np.array(list(measure_levels(lesson3.PRESETS[name], size)))
         for row in table:
             print("   {:>7}{:6.0f}{:10.2f}{:16.2f}{:13.2f}{:10.2f}{:16.2f}".format(name, *row))
     sides, plain, attending, weights, quick, slow = table.T
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
-    parts = {"residual block": plain, "attention": attending - plain, "its weights, if kept": weights}
-    stack_bars(axes[0], sides, parts, "MB for one block and one image")
-    stack_bars(axes[1], sides, {"residual block": quick, "attention": slow - quick}, "milliseconds for the same")
-    ratios = f"{slow[0] / quick[0]:.1f} times the block's time at {sides[0]:.0f} × {sides[0]:.0f}"
-    ratios += f", {slow[-1] / quick[-1]:.1f} times at {sides[-1]:.0f} × {sides[-1]:.0f}"
-    figure.suptitle(f"A block with attention takes {ratios}")
-    save_picture(figure, out / "01_balance.png")
+    curves = {"block": plain, "with attention": attending, "weights, if kept": weights}
+    levels = {"xlabel": "side of the level in pixels", "xscale": "log", "yscale": "log"}
+    lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept", **levels)
+    lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **levels)
+    for axis in axes:
+        axis.set_xticks(sides, [f"{side:.0f}" for side in sides])
+        axis.minorticks_off()
+    ratio = slow / quick
+    figure.suptitle(
+        f"Attention: {ratio[0]:.1f} times the block's time at {sides[0]:.0f} × {sides[0]:.0f}, "
+        f"{ratio[-1]:.1f} times at {sides[-1]:.0f} × {sides[-1]:.0f}"
+    )
+    return figure
 
 
-# %% 2. The label
+# %% 2. Why it is hardly missed at this size
+# Is there anything far away that a pixel of this U-Net couldn't know without attention? Lesson 2 counts it: on which
+# input pixels does one output pixel depend? In a new network on none, as its branches are silent; so all convolutions
+# get random weights. And a group norm is another way across, as all pixels meet in its mean; so the norms are left out.
+# The convolutions alone get across by going down: one pixel of the lowest level stands for many above. What is left for
+# attention is to choose by content, rather than by place, what to hear of. docs/ladder.png shows what that buys here.
+def without_norms(network):
+    """The network with random convolutions and without norms, in place."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+        for name, child in module.named_children():
+            if isinstance(child, nn.GroupNorm):
+                setattr(module, name, nn.Identity())
+    return network
+
+
+@lesson1.section
+def show_reach():
+    torch.manual_seed(0)
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3.8))
+    for axis, (name, size) in zip(axes, {"small": 28, "lecture": 32}.items(), strict=True):
+        preset = lesson3.PRESETS[name]
+        side = size // preset.patch
+        network = without_norms(lesson3.TimeUNet(preset.patch**2, preset.widths, preset.depth, preset.groups))
+        x = torch.randn(1, preset.patch**2, side, side)
+        gradient = lesson2.influence(functools.partial(network, time=torch.zeros(1)), x, side // 3, side // 3)
+        seen = gradient.count_nonzero().item()
+        print(f"   {name}: an output pixel depends on {seen} of {side**2} pixels, without attention and norms")
+        share = (gradient / gradient.max()).log10()
+        lesson1.plot_image(axis, share, f"{name}: {seen} of {side**2} pixels", cmap="gray_r", vmin=-6, vmax=0)
+    figure.suptitle("What an output pixel depends on in the U-Net without attention\n(black: most; white: a millionth)")
+    return figure
+
+
+# %% 3. The label
 # What is a label to a network? Each class has a row of numbers, which is learned. It is added to the embedding of time,
 # so that every block hears of it in its scale and shift.
-class CondUNet(TimeUNet):
+class CondUNet(lesson3.TimeUNet):
     """The U-Net with attention and a class label.
 
     channels, widths, depth, groups: as in UNet.
@@ -143,65 +148,80 @@ class CondUNet(TimeUNet):
     """
 
     def __init__(self, channels, widths, depth, groups, attention_levels, head_dim, n_classes):
-        self.attends = {"middle", *attention_levels}  # before super().__init__(), which builds the blocks
-        self.head_dim, self.n_classes = head_dim, n_classes
         super().__init__(channels, widths, depth, groups)
-        self.embed_label = nn.Embedding(n_classes + 1, self.embedding_dim)
+        self.n_classes = n_classes
+        self.embed_label = nn.Embedding(n_classes + 1, 4 * widths[0])
+        for level in attention_levels:
+            for block in (*self.down[level], *self.up[-1 - level]):  # the up path begins with the lowest level
+                block.add_attention(head_dim)
+        self.middle[0].add_attention(head_dim)
 
-    def block(self, place, in_channels, out_channels, saved=False):
-        if place not in self.attends:
-            return super().block(place, in_channels, out_channels, saved)
-        block = SavedAttentionResBlock if saved else AttentionResBlock
-        return block(in_channels, out_channels, self.groups, self.embedding_dim, self.head_dim)
+    def make_block(self, in_channels, out_channels, saved=False):
+        kind = SavedAttentionResBlock if saved else AttentionResBlock
+        return kind(in_channels, out_channels, self.groups, 4 * self.widths[0])
 
-    def embed(self, time, label=None):
-        """As in TimeUNet, plus the label's embedding; None is "no label" for every image."""
+    def forward(self, x, time, label=None):
+        """x and the result: `(n, channels, height, width)`; time: `(n,)`, float; label: `(n,)`, int64, None is "no
+        label" for every image."""
         if label is None:
-            label = torch.full((len(time),), self.n_classes, device=time.device)
-        return super().embed(time, label) + self.embed_label(label)
-
-    @classmethod
-    def from_preset(cls, preset, n_classes):
-        first = preset.patch**2, preset.widths, preset.depth, preset.groups
-        return cls(*first, preset.attention_levels, preset.head_dim, n_classes)
-
-    def training_label(self, label, generator):
-        """The labels, but "no label" in one of ten cases: that is what guidance needs to know as well."""
-        dropped = torch.rand(len(label), generator=generator, device=label.device) < 0.1
-        return label.masked_fill(dropped, self.n_classes)
+            label = torch.full((len(x),), self.n_classes, device=x.device)
+        return lesson3.UNet.forward(self, x, self.embed_time(time) + self.embed_label(label))
 
 
-def draw_garments(denoise, noise, run):
-    """The garments `(n, 1, h, w)` in [-1, 1] at the end of the path from this noise, in 18 steps."""
-    *_, (_, x, _) = sample(denoise, noise, noise_levels(18))
-    return crop(x, run.size).clamp(-1, 1).cpu()
+# One label in ten is dropped in training, so that the network also learns to do without: guidance needs that.
+def drop_labels(label, n_classes):
+    """What the network is told of the labels `(n,)`: in one of ten cases that there is none."""
+    return (label.masked_fill(torch.rand(len(label), device=label.device) < 0.1, n_classes),)
 
 
-@lesson
-def show_labels(out):
-    """2. The label: the same noise, every class"""
-    denoiser, run = load_trained(lesson, CondUNet)
+def build(preset, n_classes):
+    first = preset.patch**2, preset.widths, preset.depth, preset.groups
+    return CondUNet(*first, preset.attention_levels, preset.head_dim, n_classes)
+
+
+MODEL = lesson3.Model("CondUNet", build, drop_labels)
+
+
+@functools.cache
+def load():
+    """The trained denoiser that the sections ask, and its run."""
+    return lesson3.load_trained(TRAINED["path"], MODEL, lesson3.choose_device(TRAINED["device"]))
+
+
+def follow(denoise, starts):
+    """The images `(n, 1, h, w)` that `denoise` makes in 18 steps; starts: (seed, label, index) of each one's noise."""
+    _, run = load()
+    sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(18))
+    device = lesson3.choose_device(TRAINED["device"])
+    return lesson3.sample_images(run, starts, lambda label: denoise, sampler, device)[0]
+
+
+@lesson1.section
+def show_labels():
+    denoiser, run = load()
     n, rows = len(run.classes), 4
-    noise = draw_noise(run, denoiser.device, [(0, 0, row) for row in range(rows)]).repeat_interleave(n, dim=0)
-    label = torch.arange(n, device=noise.device).repeat(rows)
-    images = draw_garments(lambda x, sigma: denoiser(x, sigma, label), noise, run)  # (rows n) 1 h w
+    label = torch.arange(n, device=denoiser.device).repeat(rows)
+    starts = [(0, 0, row) for row in range(rows) for _ in range(n)]
+    images = follow(lambda x, sigma: denoiser(x, sigma, label), starts)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
-    by_label, by_noise = spread(table.transpose(0, 1)), spread(table)
+    by_label, by_noise = lesson3.spread(table.transpose(0, 1)), lesson3.spread(table)
     print(f"   a pixel's deviation: {by_label:.2f} among labels, same noise; {by_noise:.2f} among noises, same label")
     title = f"The label changes a pixel by {by_label:.2f}, the noise by {by_noise:.2f} ({run.data}; a row is one noise)"
     heads = [name.replace(" ", "\n").replace("/", "/\n") for name in run.classes]
-    save_images(out / "02_labels.png", title, images, n, [f"noise {row}" for row in range(rows)], heads)
+    return lesson1.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], heads)
 
 
-# %% 3. Guidance
+# %% 4. Guidance: a line through two predictions
 # A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
 # label and with it, are two points, and guidance (classifier-free guidance, Ho and Salimans 2022) goes on along the
 # line through them. (As x0_hat is x less the predicted noise, it's the same line for the noise, which papers speak of.
 # What is w here is called guidance_scale = 1 + w in most software.) It gives clearer garments of the class, and fewer
-# odd ones. But while there is much noise, the rough shape is being decided, and how light the garment will be; and
-# guidance makes the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW
-# (Kynkäänniemi et al. 2024), which leaves half of the steps half of the work. The numbers below tell what it would do
-# from the start. And a network that was trained for long knows its classes better, and needs less.
+# odd ones.
+#
+# But while there is much noise, the rough shape is being decided, and how light the garment will be; and guidance makes
+# the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024),
+# which leaves half of the steps half of the work. And a network that was trained for long knows its classes better, and
+# needs less.
 GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
 
 
@@ -213,55 +233,61 @@ def choose_guidance(epochs):
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
     """denoise(x, sigma) for `sample`: x0(label) + w · (x0(label) - x0(no label)), in one batched call.
 
-    label: int64 `(n,)`. guidance: w. 0 is the model with the label as it is, -1 the one without. below: for a sigma
-    above this w is 0, unless it is negative: what leads away from the label does so from the start. (In the step where
-    guidance begins, DPM-Solver++(2M) takes the jump of x0_hat for a trend, and goes on by half of it. Samples were no
-    better without.)
+    label: int64 `(n,)`. guidance: w; 0 is the model with the label as it is, -1 the one without. below: for a sigma
+    above this w is 0; all sigmas of a batch are equal. (In the step where guidance begins, DPM-Solver++(2M) takes the
+    jump of x0_hat for a trend, and goes on by half of it. Samples were no better without.)
     """
-    no_label = torch.full_like(label, denoiser.network.n_classes)
+    both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
 
     def denoise(x, sigma):
-        w = guidance * ((sigma <= below) | (guidance < 0)).to(x.dtype).view(-1, 1, 1, 1)
-        if not w.any():
+        if guidance == 0 or sigma[0] > below:
             return denoiser(x, sigma, label)
-        both = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), torch.cat([label, no_label]))
-        with_label, without = both.chunk(2)
-        return with_label + w * (with_label - without)
+        with_label, without = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), both_labels).chunk(2)
+        return with_label + guidance * (with_label - without)
 
     return denoise
 
 
-@lesson
-def show_guidance(out):
-    """3. Guidance: a line through two predictions"""
-    denoiser, run = load_trained(lesson, CondUNet)
-    n = len(run.classes)
-    label = torch.arange(n, device=denoiser.device)
-    noise = draw_noise(run, denoiser.device, [(0, int(i), 0) for i in label])
-    x, sigma = 3 * noise, torch.full((n,), 3.0, device=noise.device)
-    line = {f"guidance {w:g}": guide(denoiser, label, w)(x, sigma) for w in (-1, 0, 0.5, 1, 3)}
-    away = [f"{(point - line['guidance 0']).square().mean().sqrt():.2f}" for point in line.values()]
+@lesson1.section
+def show_line():
+    denoiser, run = load()
+    n, device = len(run.classes), denoiser.device
+    preset = lesson3.PRESETS[run.preset]
+    shape = lesson3.pad(torch.empty(1, 1, *run.size), preset).shape[1:]
+    noise = torch.stack([lesson3.starting_noise(0, i, 0, shape) for i in range(n)]).to(device)
+    label, sigma = torch.arange(n, device=device), torch.full((n,), 3.0)
+    points = {w: guide(denoiser, label, w)(3 * noise, sigma) for w in (-1, 0, 0.5, 1, 3)}
+    away = [f"{(point - points[0]).square().mean().sqrt():.2f}" for point in points.values()]
     print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from what the label says by itself")
-    rows, names = [crop(point, run.size).cpu() for point in line.values()], ["no label", "label", *list(line)[2:]]
+    names = ["no label", "label", *(f"guidance {w:g}" for w in list(points)[2:])]
+    images = lesson3.crop(torch.cat(list(points.values())), run.size).cpu()
     title = f"One step at sigma 3: from no label to the label, and on along the same line ({run.data})"
-    save_images(out / "03_line.png", title, torch.cat(rows), n, names)
+    return lesson1.plot_grid(title, images, n, names)
 
-    rows, apart, many = [], [], 4  # of each class
-    noise = draw_noise(run, denoiser.device, [(0, int(i), k) for k in range(many) for i in label])
+
+# %% 5. How strong, and from when
+# Stronger guidance makes the garments of a class more alike, and from the start it does so most: they lose their
+# variety, and become lighter.
+@lesson1.section
+def show_guidance():
+    denoiser, run = load()
+    n, many, rows, apart = len(run.classes), 4, [], []  # many: of each class
+    label = torch.arange(n, device=denoiser.device).repeat(many)
+    starts = [(0, i, k) for k in range(many) for i in range(n)]
     quiet = f"where σ ≤ {GUIDED_BELOW}"
     settings = {"guidance 0": (0, 0), f"1, {quiet}": (1, GUIDED_BELOW), f"3, {quiet}": (3, GUIDED_BELOW)}
     settings["3, always"] = 3, math.inf
     for name, (w, below) in settings.items():
-        images = draw_garments(guide(denoiser, label.repeat(many), w, below), noise, run)
+        images = follow(guide(denoiser, label, w, below), starts)
         rows.append(images[:n])
-        apart.append(spread(images.unflatten(0, (many, n))))
+        apart.append(lesson3.spread(images.unflatten(0, (many, n))))
         print(f"   {name:14}: garments of a class {apart[-1]:.2f} apart; mean pixel {images.mean():.2f}")
     title = f"Garments of a class are {apart[0]:.2f} apart, and {apart[-1]:.2f} with guidance 3 from the start"
-    save_images(out / "03_guidance.png", f"{title} ({run.data})", torch.cat(rows), n, list(settings))
+    return lesson1.plot_grid(f"{title} ({run.data})", torch.cat(rows), n, list(settings))
 
 
-# %% 4. From one class to another
-# The label is a row of numbers, and between two rows there are others, which no class has. What does the network draw
+# %% 6. From one class to another
+# The label is a row of numbers, and between two rows there are others, which no class has. What does the network make
 # when it is told "three quarters a pullover, one quarter a trouser"?
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
@@ -272,28 +298,24 @@ def blend(denoiser, one, other, steps):
     return blended
 
 
-@lesson
-def show_blend(out):
-    """4. From one class to another, through the embedding"""
-    denoiser, run = load_trained(lesson, CondUNet)
-    n, steps = len(run.classes), 9
+@lesson1.section
+def show_blend():
+    denoiser, run = load()
+    n, steps, rows, largest = len(run.classes), 9, [], []
     pairs = [(one % n, other % n) for one, other in ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6))]
     names = [f"{run.classes[one]} to\n{run.classes[other]}" for one, other in pairs]
-    rows, largest, label = [], [], torch.arange(steps, device=denoiser.device)
     for (one, other), name in zip(pairs, names, strict=True):
-        denoise = functools.partial(blend(denoiser, one, other, steps), label=label)
-        noise = draw_noise(run, denoiser.device, [(0, one, 0)]).expand(steps, -1, -1, -1)
-        rows.append(draw_garments(denoise, noise, run))
+        blended, label = blend(denoiser, one, other, steps), torch.arange(steps, device=denoiser.device)
+        rows.append(follow(guide(blended, label, 0), [(0, one, 0)] * steps))
         jumps = (rows[-1][1:] - rows[-1][:-1]).flatten(1).norm(dim=1)
         largest.append(float(jumps.max() / jumps.sum()))
         print(f"   {name}: {largest[-1]:.0%} of the way in the largest of {steps - 1} steps".replace("\n", " "))
-    heads = [f"{i / (steps - 1):.0%}" for i in range(steps)]
     shares = f"{min(largest):.0%} to {max(largest):.0%}"
-    title = f"From class to class, the largest of {steps - 1} steps makes {shares} of the way"
-    save_images(out / "04_blend.png", f"{title} ({run.data})", torch.cat(rows), steps, names, heads)
+    title = f"From class to class, the largest of {steps - 1} steps makes {shares} of the way ({run.data})"
+    return lesson1.plot_grid(title, torch.cat(rows), steps, names, [f"{i / (steps - 1):.0%}" for i in range(steps)])
 
 
-# %% 5. Where a pixel looks
+# %% 7. Where a pixel looks
 # Lesson 2 opened attention with pixels that looked for what is like them. What has this network learned to look for?
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h w, h w)` of an attention layer while denoise(x, sigma) runs."""
@@ -301,47 +323,38 @@ def catch_weights(layer, denoise, x, sigma):
     handle = layer.register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0].float()))
     denoise(x, sigma)
     handle.remove()
-    return layer(caught[0], return_weights=True)[1]
+    return layer.weights(caught[0])
 
 
-@lesson
-def show_look(out):
-    """5. Where a pixel looks: in the last attention on the way up, by head and noise level"""
-    denoiser, run = load_trained(lesson, CondUNet)
+@lesson1.section
+def show_look():
+    denoiser, run = load()
+    blocks = [block for level in denoiser.network.up for block in level]
+    layer = [block.attention for block in blocks if not isinstance(block.attention, nn.Identity)][-1]
     label = torch.tensor([len(run.classes) - 1], device=denoiser.device)
-    denoise = guide(denoiser, label, 0)
-    layer = [block for block in denoiser.network.up if isinstance(block, AttentionResBlock)][-1].attention
-    states = list(sample(denoise, draw_noise(run, denoiser.device, [(0, int(label), 0)]), noise_levels(18)))
-    side = states[0][1].shape[2]
-    shown = [min(states[:-1], key=lambda state: abs(np.log(state[0] / sigma))) for sigma in (20, 1, 0.1)]
-    heads = min(layer.heads, 4)
-    figure, axes = plt.subplots(3, 1 + heads, figsize=(8, 5.6))
-    for row, (sigma, x, x0_hat) in zip(axes, shown, strict=True):
-        weights = catch_weights(layer, denoise, x, torch.full((1,), sigma, device=x.device))[0, :heads].cpu()
-        places = round(weights.shape[1] ** 0.5)  # in a row and in a column: garments are square
-        y, x_place = round(0.6 * places), round(0.3 * places)
-        looks = weights[:, y * places + x_place].unflatten(1, (places, places))  # heads h w
-        rows, columns = torch.arange(places)[:, None] - y, torch.arange(places) - x_place
-        far = looks[:, (rows**2 + columns**2) > 4].sum(dim=1)
-        print(
-            f"   sigma {sigma:6.2f}: weight more than two places away, by head: " + ", ".join(f"{f:.0%}" for f in far)
-        )
-        plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
-        scale = side / places
-        row[0].plot(scale * (x_place + 0.5) - 0.5, scale * (y + 0.5) - 0.5, "s", color="white", markerfacecolor="none")
-        for axis, look, share in zip(row[1:], looks, far, strict=True):
-            plot_image(axis, look, f"{share:.0%} far away", cmap="gray_r", vmin=0)
-            axis.plot(x_place, y, "s", color="tab:orange", markerfacecolor="none")
-    for head, axis in enumerate(axes[-1, 1:]):
-        axis.set_xlabel(f"head {head + 1}")
-    heard = f"Which of {places} × {places} places the marked one hears"
-    figure.suptitle(f"{heard}: it depends on head and noise ({run.data})")
-    save_picture(figure, out / "05_look.png")
+    shape = lesson3.pad(torch.empty(1, 1, *run.size), lesson3.PRESETS[run.preset]).shape[1:]
+    noise = lesson3.starting_noise(0, int(label), 0, shape)[None].to(denoiser.device)
+    states = list(lesson3.sample(guide(denoiser, label, 0), noise, lesson3.noise_levels(18)))
+    figure, axes = plt.subplots(3, 4, figsize=(8, 6))
+    for row, shown in zip(axes, (20, 1, 0.1), strict=True):
+        sigma, x, x0_hat = min(states[:-1], key=lambda state: abs(math.log(state[0] / shown)))
+        weights = catch_weights(layer, guide(denoiser, label, 0), x, torch.tensor([sigma]))[0, :3].cpu()
+        side = round(weights.shape[1] ** 0.5 * shape[1] / shape[2])  # rows of places that attention has
+        looks = weights.unflatten(2, (side, -1)).unflatten(1, (side, -1))  # heads h w h w
+        y, place = round(0.6 * side), round(0.3 * looks.shape[2])
+        lesson1.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
+        for axis, look in zip(row[1:], looks[:, y, place], strict=False):
+            far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()
+            print(f"   sigma {sigma:6.2f}: {far:.0%} of a head's weight lies more than two places away")
+            lesson1.plot_image(axis, look, f"{far:.0%} far away", cmap="gray_r", vmin=0)
+            axis.plot(place, y, "s", color="tab:orange", markerfacecolor="none")
+    figure.suptitle(f"What three heads hear at the marked place: it depends on head and noise ({run.data})")
+    return figure
 
 
-# %% Lesson 4 as a command
+# %% The command
 def find_classes(text, classes):
-    """The numbers of the classes to draw, from a name or number, or of all for None. Raises UserError where there is
+    """The numbers of the classes to sample, from a name or number, or of all for None. Raises UserError where there is
     none."""
     names = [name.lower() for name in classes]
     if text is None:
@@ -350,36 +363,44 @@ def find_classes(text, classes):
         return [names.index(text.lower())]
     if text.isdecimal() and int(text) < len(classes):
         return [int(text)]
-    raise UserError(f"--class {text}: must be one of {', '.join(classes)}, or a number from 0 to {len(classes) - 1}")
+    last = len(classes) - 1
+    raise lesson3.UserError(f"--class {text}: must be one of {', '.join(classes)}, or a number from 0 to {last}")
 
 
-def main(options):
-    if options.pretrained and options.restart:
-        raise UserError("--pretrained draws from weights as they are: leave out --restart, which trains anew")
-    options.sample_only |= options.pretrained
-    denoiser, run = get_denoiser(options, CondUNet, check=lambda run: find_classes(options.only, run.classes))
+def work(options):
+    path = PRETRAINED if options.pretrained else options.out / "checkpoint.pt"
+    if options.show:
+        TRAINED.update(path=path if path.exists() else PRETRAINED, device=options.device)
+        lesson1.run_sections(globals(), options.out / "lesson")
+        return
+    if options.only and not options.sample_only:
+        find_classes(options.only, lesson3.load_once(split="train", **lesson3.DATA).classes)  # better before training
+    denoiser, run = lesson3.get_denoiser(options, MODEL, path)
     wanted = find_classes(options.only, run.classes)
     guidance = choose_guidance(run.epochs) if options.guidance is None else options.guidance
-    starts = [(options.seed, number, index) for number in wanted for index in range(options.n)]
-    label = torch.tensor([number for _, number, _ in starts], device=options.device)
+    starts = [(options.seed, label, index) for label in wanted for index in range(options.n)]
+    sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(options.steps))
+    make_denoise = functools.partial(guide, denoiser, guidance=guidance)
+    samples = lesson3.sample_images(run, starts, make_denoise, sampler, denoiser.device)
     title = f"{run.title}, {options.steps} steps, guidance {guidance:g}"
-    layout = {"rows": run.classes, "columns": options.n}
-    if options.only is not None:
-        title, layout = f"{run.classes[wanted[0]]}: {title}", {"columns": 8}
-    draw(lambda chosen: guide(denoiser, label[chosen], guidance), starts, run, options, title, **layout)
+    if options.only:
+        lesson3.write_samples(options, f"{run.classes[wanted[0]]}: {title}", samples, columns=8)
+    else:
+        lesson3.write_samples(options, title, samples, run.classes, options.n)
 
 
-if __name__ == "__main__":
-    parser = make_parser("04_unet_cond.py", __doc__)
-    parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="draw this class only (all)")
-    guidance = number(float, -100, "a number from -100 up")
-    parser.add_argument(
-        "--guidance",
-        metavar="W",
-        type=guidance,
-        help="how strongly the label guides: 0 is the label as it is, -1 none "
-        f"({GUIDANCE:g}; of a network trained for 10 epochs or more {GUIDANCE_LATER:g})",
-    )
-    parser.add_argument("--pretrained", action="store_true", help="don't train: take the weights in data/pretrained")
-    parser.set_defaults(n=10)
-    start(parser, main, lesson)
+def main():
+    parser, group = lesson3.make_run_parser(__file__, __doc__, n=10)
+    parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="sample this class only (all)")
+    told = f"how strongly the label guides: 0 is the label as it is ({GUIDANCE:g}; after 10 epochs {GUIDANCE_LATER:g})"
+    parser.add_argument("--guidance", metavar="W", type=lesson3.number(float, -1, 100), help=told)
+    group.add_argument("--pretrained", action="store_true", help="sample from the weights in data/pretrained")
+    options = parser.parse_args()
+    options.sample_only |= options.pretrained
+    if options.pretrained and options.out == Path(parser.get_default("out")):
+        options.out = lesson1.folder(options.out.parent / "pretrained")  # nobody's own samples are overwritten
+    lesson3.start(parser, options, work)
+
+
+if __name__ == "__main__" and not hasattr(sys, "ps1"):
+    main()

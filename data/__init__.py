@@ -20,13 +20,14 @@ class Dataset(NamedTuple):
     name: str  # what pictures and checkpoints call the data set
 
 
-def load(name="auto", split="train", data_dir=None):
+def load(name="auto", split="train", data_dir=None, download=True):
     """A whole data set in memory, as a `Dataset`.
 
     name: "fashion-mnist" (or other files in its format, see `data/fashion_mnist.py` for where they are looked for),
         "garments" (drawn here), or "auto": Fashion-MNIST, and the garments where it can't be had.
     split: "train" or "test".
     data_dir: the folder with the four IDX files; garments need none.
+    download: whether Fashion-MNIST may be downloaded; if not, "auto" takes it only where it lies on the disk.
 
     Raises DataError, with one line to show the user, for damaged or missing files; ValueError for an unknown name.
     """
@@ -36,9 +37,10 @@ def load(name="auto", split="train", data_dir=None):
         raise DataError("--data garments are drawn, not read: leave --data-dir out")
     if name != "garments":
         try:
-            return Dataset(*fashion_mnist.load(split, data_dir))
+            return Dataset(*fashion_mnist.load(split, data_dir, download))
         except fashion_mnist.DownloadError as error:
             if name == "fashion-mnist":
                 raise
-            print(f"{error}: drawn garments take its place")
+            if download:
+                print(f"{error}: drawn garments take its place")
     return Dataset(*garments.draw(split), fashion_mnist.CLASSES, "garments")

@@ -54,14 +54,15 @@ class DownloadError(DataError):
     """No host could be reached, or none had the right files."""
 
 
-def load(split, data_dir=None):
+def load(split, data_dir=None, may_download=True):
     """Images, labels, class names and the data set's name, from the first place that has the files.
 
     The places are `data_dir`, `$FASHION_MNIST_DIR`, `data/fashion_mnist/` and the download, which fills the latter.
     A folder that somebody named must hold the files. Files other than the official ones are welcome; their classes
     are called "0", "1", ... and the data set after its folder.
 
-    split: "train" or "test". Raises DataError where no place has the files, or where one of them is damaged.
+    split: "train" or "test". Raises DataError where no place has the files, or where one of them is damaged; if they
+    are only to be had by a download that failed, or that isn't wanted (may_download), it is a DownloadError.
     """
     named = data_dir or os.environ.get("FASHION_MNIST_DIR")
     if named:
@@ -70,6 +71,8 @@ def load(split, data_dir=None):
         folder = CACHE
         for name in FILES[split]:
             if find(folder, name) is None:
+                if not may_download:
+                    raise DownloadError(f"{folder}: no {name}.gz")
                 download(name)
     contents = [read(folder, name, dimensions) for name, dimensions in zip(FILES[split], (3, 1), strict=True)]
     images, labels = (array for array, _ in contents)
