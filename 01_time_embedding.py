@@ -89,7 +89,7 @@ def show_steps():
     for column, values in enumerate(matrix.T):
         left.plot(t, column - 0.45 * values, color="black" if column < 8 else "0.55")
     left.set(title="Each column is a wave", xlim=(0, 99), ylim=(15.6, -0.6), xlabel="t", ylabel="column")
-    image = right.imshow(matrix.T, aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
+    image = right.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
     right.set(title="The 100 × 16 matrix, lying on its side", xlabel="t")
     figure.colorbar(image, ax=right)
     figure.suptitle("Eight sines (0 to 7), eight cosines (8 to 15): fast columns first, then slow ones")
@@ -141,7 +141,9 @@ def show_max_period():
     figure, axes = plt.subplots(1, 4, figsize=(8, 3), sharey=True)
     for axis, (last, max_period) in zip(axes, ((99, 10), (99, 100), (99, 10_000), (1, 10_000)), strict=True):
         matrix = timestep_embedding(torch.linspace(0, last, 100), 16, max_period)
-        axis.imshow(matrix.T, aspect="auto", vmin=-1, vmax=1, interpolation="nearest", extent=(0, last, 15.5, -0.5))
+        axis.imshow(
+            matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, interpolation="nearest", extent=(0, last, 15.5, -0.5)
+        )
         axis.set(xlabel="t", title=f"max_period {max_period}:\n{count_still(matrix)} of 16 still")
     axes[0].set_ylabel("column")
     figure.suptitle("Too small: no slow columns. Too large for the range of t: columns that stand still")
@@ -172,7 +174,7 @@ def show_rotation():
     dots = embedding @ embedding.T  # 100 100
     print(f"   embedding(t + 3) and rotation(3) @ embedding(t): largest difference {error:.0e}")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6))
-    figure.colorbar(left.imshow(dots), ax=left)
+    figure.colorbar(left.imshow(dots.numpy()), ax=left)
     left.set(title="Dot products of all pairs of times", xlabel="time", ylabel="another time")
     right.plot(t[:50], dots[0, :50], color="black", linewidth=4, label="times 0 and d")
     right.plot(t[:50], dots[50, 50:], color="white", linestyle="--", label="times 50 and 50 + d")
@@ -224,7 +226,7 @@ def show_scale_shift():
     figure, axes = plt.subplots(4, 6, figsize=(8, 5.6))
     for channel, row in enumerate(axes):
         for axis, i in zip(row, range(0, 401, 80), strict=True):
-            axis.imshow(y[i, channel], vmin=-4, vmax=4)
+            axis.imshow(y[i, channel].numpy(), vmin=-4, vmax=4)
             axis.set(xticks=[], yticks=[], title=f"t = {t[i]:.0f}" if channel == 0 else "")
         row[0].set_ylabel(f"channel {channel}")
     figure.suptitle(f"One input, at six times: the output moves by up to {moved.max():.0%} of its size")
@@ -251,7 +253,8 @@ def plot_images(axes, images, columns, rows=(), heads=()):
     """Images `(n, 1, h, w)` in [-1, 1] in a grid, row by row, with a name for each row and each column if given."""
     _, _, height, width = images.shape
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=-1)  # what is missing is background
-    axes.imshow(rearrange(images, "(r columns) 1 h w -> (r h) (columns w)", columns=columns), vmin=-1, vmax=1)
+    grid = rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
+    axes.imshow(grid.numpy(), vmin=-1, vmax=1)
     axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(heads))], heads)
     axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
     axes.xaxis.tick_top()

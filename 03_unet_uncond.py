@@ -1093,43 +1093,42 @@ def stop_requests():
             signal.signal(kind, handler)
 
 
+def begin(run, model, device, path, checkpoint):
+    """What training changes, by the names that it has in a checkpoint; the number of steps done; their losses."""
+    preset = PRESETS[run.preset]
+    denoiser = make_denoiser(run, model, device)
+    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    max_lr = preset.max_lr * (run.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch_size)
+    muon, adamw = make_optimizers(denoiser, max_lr)
+    parts, done, losses = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}, 0, None
+    if checkpoint:
+        restore(checkpoint, path, **parts)
+        done, losses = checkpoint["step"], checkpoint["losses"]
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    print(f"network   {run.network}, preset {run.preset}: {sum(p.numel() for p in ema.parameters()):,} parameters")
+    print(f"device    {PROCESSES} × {name}, {'bfloat16' if denoiser.precision else 'float32'}")
+    print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
+    return parts, done, torch.full((run.steps,), math.nan, device=device) if losses is None else losses.to(device)
+
+
 def fit(run, model, dataset, path, checkpoint):
     """Train, or go on from a checkpoint, under a progress bar; save every two minutes, at the end, and when stopped.
 
     dataset: images and labels, as in `draw_batches`. Returns the averaged denoiser.
     """
-    (images, labels), preset, device = dataset, PRESETS[run.preset], dataset[0].device
-    denoiser = make_denoiser(run, model, device)
-    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    max_lr = preset.max_lr * (run.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch_size)
-    optimizers = make_optimizers(denoiser, max_lr)
-    parts = {"ema": ema, "denoiser": denoiser, "muon": optimizers[0], "adamw": optimizers[1]}
-    done, losses = 0, torch.full((run.steps,), math.nan)
-    if checkpoint:
-        restore(checkpoint, path, **parts)
-        done, losses = checkpoint["step"], checkpoint["losses"]
-    losses = losses.to(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    print(f"network   {run.network}, preset {run.preset}: {sum(p.numel() for p in ema.parameters()):,} parameters")
-    print(f"device    {PROCESSES} × {name}, {'bfloat16' if denoiser.precision else 'float32'}")
-    print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
-
+    (images, labels), device = dataset, dataset[0].device
+    parts, done, losses = begin(run, model, device, path, checkpoint)
+    denoiser, ema, *optimizers = parts.values()
     network = DistributedDataParallel(denoiser.network) if PROCESSES > 1 else denoiser.network
     if device.type == "cuda" and importlib.util.find_spec("triton"):
         network = torch.compile(network)  # few large kernels of many small ones
-    trained = Denoiser(network, run.sigma_data, preset.patch, denoiser.precision)  # the same weights
+    trained = Denoiser(network, run.sigma_data, denoiser.patch, denoiser.precision)  # the same weights
 
     def batches():
         n = run.batch_size // PROCESSES
         share = slice(RANK * n, (RANK + 1) * n)
         for step, *batch, label in draw_batches(images, labels, run.batch_size, run.seed, range(done, run.steps)):
             yield step, *(part[share] for part in (*batch, *model.told(label, len(run.classes))))
-
-    def save():
-        content = {"run": run._asdict(), "step": done, "losses": losses}
-        wanted = parts if done < run.steps else {"ema": ema}
-        if RANK == 0:
-            save_checkpoint(path, content | {name: part.state_dict() for name, part in wanted.items()})
 
     total, begun, saved = run.steps * run.batch_size, done * run.batch_size, time.monotonic()
     bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
@@ -1145,8 +1144,10 @@ def fit(run, model, dataset, path, checkpoint):
                     raise UserError(f"the loss is not finite any more at step {done:,}: {tip}")
                 bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean().item():.3f}", refresh=False)
             bar.update(run.batch_size)
-            if due:
-                save()
+            if due and RANK == 0:
+                kept = parts if done < run.steps else {"ema": ema}
+                content = {"run": run._asdict(), "step": done, "losses": losses}
+                save_checkpoint(path, content | {name: part.state_dict() for name, part in kept.items()})
                 saved = time.monotonic()
             if stops:
                 break

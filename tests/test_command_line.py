@@ -1,8 +1,6 @@
-"""03 and 04 as their user runs them: in a subprocess, on the drawn garments, from another folder."""
+"""03 and 04 as their user runs them: in this process with tiny nets, or in one of its own where that matters."""
 
 import os
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,55 +15,181 @@ from test_data import idx
 from data import load
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--data", "garments", "--epochs", "0.02", "--batch-size", "8", "--steps", "3", "--n", "2", "--device", "cpu"]
+TINY = ["--data", "garments", "--epochs", "0.012", "--batch-size", "10", "--steps", "2", "--n", "2", "--device", "cpu"]
+FILES = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.png"]
 
 
-def run(script, *arguments, folder=None, **environment):
-    environment = {name: value for name, value in os.environ.items() if name != "FASHION_MNIST_DIR"} | environment
-    command = [sys.executable, ROOT / script, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def run_untouched(lesson3, monkeypatch, capsys):
+    """run_untouched(lesson, arguments) -> exit status, output, errors: its main, in this process."""
+    monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
+    for name, value in lesson3.DATA.items():
+        monkeypatch.setitem(lesson3.DATA, name, value)  # is as it was when the test is over
+
+    def run(lesson, *arguments):
+        monkeypatch.setattr(sys, "argv", [lesson.__file__, *map(str, arguments)])
+        status = 0
+        try:
+            lesson.main()
+        except SystemExit as stopped:
+            status = stopped.code or 0
+        return status, *capsys.readouterr()
+
+    return run
 
 
-def one_line(result):
-    """The single line that a refused command prints."""
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr
-    (line,) = result.stderr.splitlines()
-    return line
+@pytest.fixture
+def run(lesson3, run_untouched, monkeypatch):
+    """The same with a quick network, in float32."""
+    quick = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
+    monkeypatch.setitem(lesson3.PRESETS, "small", quick)
+    monkeypatch.setitem(lesson3.PRESETS, "lecture", quick._replace(patch=1, widths=(8, 16, 16, 16)))
+    monkeypatch.setattr(lesson3, "choose_precision", lambda device: None)
+    return run_untouched
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which 04 has run."""
-    out = tmp_path_factory.mktemp("cond")
-    result = run("04_unet_cond.py", *TINY, "--out", out, folder=out)
+def read(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def assert_same(one, other):
+    """Two finished runs ended with the same weights and losses, bit by bit."""
+    assert torch.equal(one["losses"], other["losses"])
+    assert one["ema"].keys() == other["ema"].keys()
+    assert all(torch.equal(weight, other["ema"][name]) for name, weight in one["ema"].items())
+
+
+def interrupt_at(lesson3, monkeypatch, at):
+    """From now on, this process gets Ctrl-C as the step `at` begins."""
+    draw_batches = lesson3.draw_batches
+
+    def draw(*arguments):
+        for batch in draw_batches(*arguments):
+            if batch[0] == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    monkeypatch.setattr(lesson3, "draw_batches", draw)
+
+
+# A run from its beginning to its end
+
+
+def test_a_run_from_another_folder(tmp_path):
+    """As a script, with the preset as it is, and from a folder that isn't the project's."""
+    options = [*TINY, "--epochs", "0.004", "--out", "out"]
+    command = [sys.executable, ROOT / "04_unet_cond.py", *options]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    return out, result
-
-
-def test_a_run_says_what_it_does_and_lists_what_it_wrote(trained):
-    out, result = trained
     lines = result.stdout.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["data", "network", "device", "training"]
-    assert "garments: 10,000 images" in lines[0]
-    assert "25 steps of 8 images" in lines[3]
+    assert "garments: 10,000 images, 28 × 28, 10 classes" in lines[0]
+    assert "4 steps of 10 images" in lines[3]
     assert "images/s" in result.stderr
     assert "loss=" in result.stderr
-    written = [Path(line.removeprefix("wrote ")) for line in lines[4:]]
-    names = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.png"]
-    assert sorted(path.name for path in written) == names
-    assert sorted(path.name for path in out.iterdir()) == names
+    assert sorted(Path(line.removeprefix("wrote ")).name for line in lines[4:]) == FILES
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    images = np.load(tmp_path / "out" / "samples.npy")
+    assert images.shape == (20, 1, 28, 28)
+    assert images.dtype == np.float32
+    assert np.abs(images).max() <= 1
 
 
-def test_the_weights_that_come_with_it_draw_at_once(tmp_path):
+def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
+    options = [*TINY, "--out", tmp_path]
+    assert run(lesson4, *options)[0] == 0
+    before, images = (tmp_path / "checkpoint.pt").read_bytes(), np.load(tmp_path / "samples.npy")
+    status, output, _ = run(lesson4, *options)
+    assert status == 0
+    assert "finished in an earlier run" in output
+    np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), images)
+
+    sheets = []
+    for name, n in (("Ankle boot", 4), ("9", 6)):  # more images change none
+        assert run(lesson4, "--sample-only", "--class", name, "--n", n, "--steps", 2, "--out", tmp_path)[0] == 0
+        sheets.append(np.load(tmp_path / "samples.npy"))
+    assert sheets[0].shape == (4, 1, 28, 28)
+    np.testing.assert_allclose(sheets[1][:4], sheets[0], atol=1e-3)
+    np.testing.assert_allclose(sheets[0][:2], images[-2:], atol=1e-3)
+    assert run(lesson4, "--sample-only", "--seed", 1, *TINY[-6:], "--out", tmp_path)[0] == 0
+    assert np.abs(np.load(tmp_path / "samples.npy") - images).max() > 0.1
+
+    for lesson, asked, complaint in (
+        (lesson4, [*TINY, "--epochs", "0.04"], "epochs 0.012 there, 0.04 here"),
+        (lesson4, [*TINY, "--seed", "7"], "seed 0 there, 7 here"),
+        (lesson4, ["--epochs", "0.01", "--sample-only"], "epochs 0.012 there, 0.01 here"),
+        (lesson3, TINY, "network CondUNet there, TimeUNet here"),
+    ):
+        status, _, errors = run(lesson, *asked, "--out", tmp_path)
+        assert status == 2
+        (line,) = errors.splitlines()
+        assert complaint in line
+        assert "--restart" in line
+        assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    losses = read(tmp_path)["losses"]
+    assert run(lesson4, *TINY, "--seed", "7", "--restart", "--out", tmp_path)[0] == 0
+    assert not torch.equal(read(tmp_path)["losses"], losses)
+
+
+def test_show_draws_the_lesson_and_does_not_train(lesson4, run, tmp_path, monkeypatch):
+    """On images that are not square, of classes without names, with the network that was trained on them."""
+    folder, out = write_symbols(tmp_path / "symbols", 18, 30), tmp_path / "out"
+    options = [*TINY[2:], "--epochs", "1", "--data-dir", folder, "--out", out]
+    status, output, _ = run(lesson4, *options)
+    assert status == 0
+    assert "symbols: 40 images, 18 × 30, 3 classes" in output
+    assert np.load(out / "samples.npy").shape == (6, 1, 18, 30)
+    before = (out / "checkpoint.pt").stat().st_mtime_ns
+    for name, value in lesson4.TRAINED.items():
+        monkeypatch.setitem(lesson4.TRAINED, name, value)
+    lesson4.load.cache_clear()
+    status, output, _ = run(lesson4, "--show", "--device", "cpu", "--out", out)
+    lesson4.load.cache_clear()
+    assert status == 0
+    assert "symbols, CondUNet, small, 1 epoch, after 4 of 4 steps" in output
+    assert [path.name[:2] for path in sorted((out / "lesson").iterdir())] == [f"0{i}" for i in range(1, 8)]
+    assert (out / "checkpoint.pt").stat().st_mtime_ns == before
+    status, _, errors = run(lesson4, *options, "--class", "3")
+    assert status == 2
+    assert "must be one of 0, 1, 2" in errors
+
+
+@pytest.mark.parametrize("options", [["--no-time"], ["--preset", "lecture"]])
+def test_without_time_and_the_other_preset(lesson3, run, tmp_path, options):
+    status, output, _ = run(lesson3, *TINY, *options, "--epochs", "0.002", "--out", tmp_path)
+    assert status == 0
+    assert ("network   UntimedUNet," if options == ["--no-time"] else "preset lecture") in output
+    assert np.load(tmp_path / "samples.npy").shape == (2, 1, 28, 28)  # the lecture's at 32 × 32, cropped
+
+
+def write_symbols(folder, height, width):
+    """A folder of IDX files with 40 training images, all noise, in 3 classes."""
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (40, height, width), np.uint8)
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
+        (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx((np.arange(40) % 3).astype(np.uint8)))
+    return folder
+
+
+def test_the_real_files(lesson4, run, tmp_path):
+    folder = os.environ.get("FASHION_MNIST_DIR")  # the fixture took it out
+    folder = folder or next((path for path in (ROOT.parent / "shared" / "fashion-mnist",) if path.is_dir()), None)
+    if not folder:
+        pytest.skip("FASHION_MNIST_DIR is not set")
+    status, output, _ = run(lesson4, *TINY[2:], "--epochs", "0.0005", "--data-dir", folder, "--out", tmp_path)
+    assert status == 0
+    assert "Fashion-MNIST: 60,000 images, 28 × 28, 10 classes" in output
+    assert np.load(tmp_path / "samples.npy").shape == (20, 1, 28, 28)
+
+
+def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tmp_path):
     """Without data or a checkpoint, and from a file that is small and harmless."""
     weights = ROOT / "data" / "pretrained" / "cond.pt"
     assert weights.stat().st_size < 6e6
-    content = torch.load(weights, weights_only=True)
-    assert {weight.dtype for weight in content["average"].values()} == {torch.float16}
+    assert {weight.dtype for weight in torch.load(weights, weights_only=True)["ema"].values()} == {torch.float16}
     arguments = ["--pretrained", "--class", "Ankle boot", "--n", "3", "--device", "cpu", "--out", tmp_path]
-    result = run("04_unet_cond.py", *arguments, folder=tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert run_untouched(lesson4, *arguments)[0] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.npy", "samples.png"]
     boots = np.load(tmp_path / "samples.npy")
     assert boots.shape == (3, 1, 28, 28)
@@ -74,202 +198,139 @@ def test_the_weights_that_come_with_it_draw_at_once(tmp_path):
     for boot in boots.reshape(3, -1):  # more like a drawn sandal, sneaker or ankle boot than like any clothes
         alike = [np.corrcoef(boot, mean)[0, 1] for mean in means]
         assert max(alike[label] for label in (5, 7, 9)) > max(alike[label] for label in (0, 1, 2, 3, 4, 6, 8))
-    for guidance, same in (("0.8", True), ("1.4", False)):  # what suits 24 epochs, and what suits 3
-        assert run("04_unet_cond.py", *arguments, "--guidance", guidance).returncode == 0
-        assert np.array_equal(np.load(tmp_path / "samples.npy"), boots) == same
-    assert "leave out --restart" in one_line(run("04_unet_cond.py", *arguments, "--restart"))
 
 
-def test_a_finished_run_only_samples_again(trained):
-    out, _ = trained
-    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    images = np.load(out / "samples.npy")
-    result = run("04_unet_cond.py", *TINY, "--out", out)
-    assert result.returncode == 0, result.stderr
-    assert "finished" in result.stdout
-    changed = {path.name for path in out.iterdir() if path.stat().st_mtime_ns != before[path.name]}
-    assert changed == {"samples.npy", "samples.png", "denoising.png"}
-    np.testing.assert_array_equal(np.load(out / "samples.npy"), images)
+def test_pretrained_has_its_own_folder_and_guidance(lesson3, lesson4, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(lesson4, "__file__", str(tmp_path / "04_unet_cond.py"))
+    asked = []
+    monkeypatch.setattr(lesson3, "load_trained", lambda path, *_: (asked.append(path), (None, None))[1])
+    monkeypatch.setattr(lesson3, "check_same", lambda *_: None)
+    with pytest.raises(
+        AttributeError
+    ):  # there is no run to sample from; but by then it is known from where and to where
+        run(lesson4, "--pretrained")
+    assert asked == [lesson4.PRETRAINED]
+    assert (tmp_path / "runs" / "pretrained").is_dir()
+    assert lesson4.choose_guidance(24) == lesson4.GUIDANCE_LATER < lesson4.GUIDANCE == lesson4.choose_guidance(3)
 
 
-def test_a_class_is_drawn_by_name_and_by_number(trained):
-    out, _ = trained
-    sheets = []
-    for name, n in (("Ankle boot", 4), ("9", 6)):
-        result = run("04_unet_cond.py", "--sample-only", "--class", name, "--n", n, "--steps", 3, "--out", out)
-        assert result.returncode == 0, result.stderr
-        sheets.append(np.load(out / "samples.npy"))
-    assert sheets[0].shape == (4, 1, 28, 28)
-    assert sheets[0].dtype == np.float32
-    assert np.abs(sheets[0]).max() <= 1
-    np.testing.assert_allclose(sheets[1][:4], sheets[0], atol=0.1)  # more images change none (bfloat16 rounds, though)
+# What is interrupted goes on as if nothing had happened
+
+
+@pytest.mark.parametrize("at", [3, 11])
+def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp_path, monkeypatch, at):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(lesson4, *TINY, "--out", whole)[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(lesson3, patch, at)
+        status, output, _ = run(lesson4, *TINY, "--restart", "--out", parts)
+    assert status == 130
+    assert f"stopped after step {at + 1} of 12" in output
+    assert output.splitlines()[-1].startswith("python ")
+    assert "--restart" not in output.splitlines()[-1]
+    assert [path.name for path in parts.iterdir()] == ["checkpoint.pt"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    status, output, _ = run(lesson4, *TINY, "--out", parts)
+    assert status == 0
+    assert ("finished" if at == 11 else f"from step {at + 1}") in output
+    assert_same(read(parts), read(whole))
+    np.testing.assert_array_equal(np.load(parts / "samples.npy"), np.load(whole / "samples.npy"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_stopped(number, tmp_path):
+    """SIGTERM saves; kill -9 leaves the last checkpoint, or none, but never half of one."""
+    options = [*TINY, "--epochs", "0.2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "03_unet_uncond.py", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("training"):
+            break
+    time.sleep(1.5)  # some of the 200 steps
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    if number == signal.SIGTERM:
+        assert process.returncode == 130, errors
+        assert f"stopped after step {read(tmp_path)['step']} of 200" in output
+    else:
+        assert process.returncode == -number
+        assert not (tmp_path / "checkpoint.pt").exists() or read(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(lesson3, patch, 4)
+        assert run(lesson4, *TINY, "--out", tmp_path)[0] == 130
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    denoising_loss = lesson3.denoising_loss
+    monkeypatch.setattr(lesson3, "denoising_loss", lambda *batch: denoising_loss(*batch) * torch.inf)
+    status, _, errors = run(lesson4, *TINY, "--out", tmp_path)
+    assert status == 2
+    assert "not finite any more at step 6: try" in errors.splitlines()[-1]
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+# What is typed wrong
 
 
 @pytest.mark.parametrize(
     ("arguments", "accepted"),
     [
-        (["--epochs", "0"], "above 0"),
-        (["--epochs", "many"], "above 0"),
-        (["--epochs", "nan"], "above 0"),
-        (["--epochs", "inf"], "above 0"),
-        (["--batch-size", "0"], "whole number from 1"),
-        (["--batch-size", "2.5"], "whole number from 1"),
-        (["--n", "-3"], "whole number from 1"),
-        (["--steps", "0"], "whole number from 1"),
-        (["--seed", "-1"], "whole number from 0"),
-        (["--guidance", "much"], "a number"),
+        (["--epochs", "0"], "must be from 1e-09"),
+        (["--epochs", "many"], "--epochs: invalid number value: 'many'"),
+        (["--epochs", "nan"], "must be from"),
+        (["--epochs", "inf"], "must be from"),
+        (["--batch-size", "0"], "must be from 1 to"),
+        (["--batch-size", "2.5"], "invalid number value"),
+        (["--n", "-3"], "must be from 1"),
+        (["--steps", "0"], "must be from 1"),
+        (["--seed", "-1"], "must be from 0"),
+        (["--seed", str(2**70)], "must be from 0 to"),
+        (["--guidance", "much"], "invalid number value"),
         (["--data", "cifar"], "fashion-mnist"),
         (["--preset", "huge"], "lecture"),
         (["--device", "abacus"], "cpu"),
         (["--class", "Hat", "--data", "garments"], "Ankle boot"),
         (["--no-such-option"], "unrecognized"),
-        (["--out", __file__], "folder"),
+        (["--rest"], "unrecognized"),
+        (["--out", __file__], "must be a folder that can be written to"),
         (["--data", "garments", "--data-dir", "."], "leave --data-dir out"),
         (["--data-dir", "/nonexistent"], "train-images-idx3-ubyte"),
-        (["--sample-only"], "no checkpoint"),
+        (["--sample-only"], "no checkpoint there"),
+        (["--sample-only", "--restart"], "not allowed with"),
+        (["--pretrained", "--restart"], "not allowed with"),
     ],
 )
-def test_a_bad_value_is_one_line(arguments, accepted, tmp_path, monkeypatch, capfd):
-    if "--out" not in arguments:
-        arguments = [*arguments, "--out", str(tmp_path)]
-    script = str(ROOT / "04_unet_cond.py")
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
-    with pytest.raises(SystemExit) as stopped:  # in this process, because importing torch nineteen times takes a minute
-        runpy.run_path(script, run_name="__main__")
-    output, errors = capfd.readouterr()
-    assert accepted in one_line(subprocess.CompletedProcess([], stopped.value.code, output, errors))
+def test_a_bad_value_is_said_in_one_line(lesson4, run, arguments, accepted, tmp_path):
+    status, _, errors = run(lesson4, *([] if "--out" in arguments else ["--out", tmp_path]), *arguments)
+    assert status == 2
+    assert "Traceback" not in errors
+    assert accepted in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_show_draws_the_lesson_and_does_not_train(trained):
-    out, _ = trained
-    before = (out / "checkpoint.pt").stat().st_mtime_ns
-    result = run("04_unet_cond.py", "--show", "--out", out)
-    assert result.returncode == 0, result.stderr
-    assert "left out" not in result.stdout
-    assert (out / "lesson" / "05_look.png").exists()
-    assert (out / "checkpoint.pt").stat().st_mtime_ns == before
-    shutil.rmtree(out / "lesson")
-
-
-def test_another_run_in_the_same_folder_is_refused(trained):
-    out, _ = trained
-    before = (out / "checkpoint.pt").read_bytes()
-    for options, complaint in (
-        (["--epochs", "0.04"], "epochs 0.02 there, 0.04 here"),
-        (["--seed", "7"], "seed 0 there, 7 here"),
-        (["--epochs", "0.01", "--sample-only"], "epochs 0.02 there, 0.01 here"),
-    ):
-        line = one_line(run("04_unet_cond.py", *TINY, *options, "--out", out))
-        assert complaint in line
-        assert "--restart" in line
-    line = one_line(run("03_unet_uncond.py", *TINY, "--out", out))
-    assert "network CondUNet there, TimeUNet here" in line
-    assert (out / "checkpoint.pt").read_bytes() == before
-
-
-def test_a_damaged_checkpoint_is_one_line_and_can_be_replaced(trained, tmp_path):
-    out, _ = trained
-    whole = (out / "checkpoint.pt").read_bytes()
+def test_a_damaged_checkpoint_is_one_line_and_can_be_replaced(lesson4, run, tmp_path):
+    options = [*TINY, "--epochs", "0.002", "--out", tmp_path]
+    assert run(lesson4, *options)[0] == 0
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
     for content in (b"", b"not a checkpoint", whole[: len(whole) // 2], whole[:-100]):
         (tmp_path / "checkpoint.pt").write_bytes(content)
-        assert "--restart replaces it" in one_line(run("04_unet_cond.py", *TINY, "--out", tmp_path))
-    torch.save({"something": "else"}, tmp_path / "checkpoint.pt")
-    assert "--restart replaces it" in one_line(run("04_unet_cond.py", "--sample-only", "--out", tmp_path))
-    assert run("04_unet_cond.py", *TINY, "--restart", "--out", tmp_path).returncode == 0
+        status, _, errors = run(lesson4, *options)
+        assert status == 2
+        assert "--restart replaces it" in errors.splitlines()[-1]
+    assert run(lesson4, *options, "--restart")[0] == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_the_run_goes_on_as_if_nothing_had_happened(number, tmp_path):
-    options = [*TINY, "--epochs", "0.1", "--out", tmp_path]
-    command = [sys.executable, ROOT / "03_unet_uncond.py", *map(str, options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("training"):
-            break
-    time.sleep(1.5)  # some of the 125 steps
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    stopped_at = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
-    assert 0 < stopped_at < 125
-    assert f"stopped after step {stopped_at} of 125" in output
-    assert output.splitlines()[-1].startswith("python ")
-    result = run("03_unet_uncond.py", *options)
-    assert result.returncode == 0, result.stderr
-    assert f"from step {stopped_at}" in result.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint.pt",
-        "denoising.png",
-        "loss.png",
-        "samples.npy",
-        "samples.png",
-    ]
-    losses = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]
-    assert losses.shape == (125,)
-    assert losses.isfinite().all()
-
-
-def test_without_time(tmp_path):
-    result = run("03_unet_uncond.py", "--no-time", *TINY, "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "network   UNet," in result.stdout
-    assert np.load(tmp_path / "samples.npy").shape == (2, 1, 28, 28)
-
-
-def test_the_lecture_preset(tmp_path):
-    result = run("04_unet_cond.py", *TINY, "--epochs", "0.001", "--preset", "lecture", "--n", "1", "--out", tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert np.load(tmp_path / "samples.npy").shape == (10, 1, 28, 28)  # drawn at 32 × 32, cropped
-
-
-def write_symbols(folder, height, width):
-    """A folder of IDX files with 40 training images, all noise, in 3 classes."""
-    folder.mkdir()
-    images = np.random.default_rng(0).integers(0, 256, (40, height, width), np.uint8)
-    (folder / "train-images-idx3-ubyte").write_bytes(idx(images))
-    (folder / "train-labels-idx1-ubyte").write_bytes(idx((np.arange(40) % 3).astype(np.uint8)))
-    return folder
-
-
-def test_images_of_another_size_and_classes_without_names(tmp_path):
-    folder = write_symbols(tmp_path / "symbols", 18, 30)
-    out = tmp_path / "out"
-    result = run("04_unet_cond.py", *TINY[2:], "--epochs", "1", "--data-dir", folder, "--out", out)
-    assert result.returncode == 0, result.stderr
-    assert "symbols: 40 images, 18 × 30, 3 classes" in result.stdout
-    assert np.load(out / "samples.npy").shape == (6, 1, 18, 30)
-    result = run("04_unet_cond.py", *TINY[2:], "--epochs", "1", "--class", "3", "--data-dir", folder, "--out", out)
-    assert "must be one of 0, 1, 2" in one_line(result)
-
-
-@pytest.mark.parametrize("preset", ["small", "lecture"])
-def test_larger_images(tmp_path, preset):
-    folder, out = write_symbols(tmp_path / "symbols", 64, 64), tmp_path / "out"
-    options = [*TINY[2:], "--epochs", "0.1", "--batch-size", "2", "--n", "1", "--preset", preset]
-    result = run("04_unet_cond.py", *options, "--data-dir", folder, "--out", out)
-    assert result.returncode == 0, result.stderr
-    assert "symbols: 40 images, 64 × 64, 3 classes" in result.stdout
-    assert "2 steps of 2 images" in result.stdout
-    images = np.load(out / "samples.npy")
-    assert images.shape == (3, 1, 64, 64)
-    assert np.isfinite(images).all()
-
-
-def test_the_real_files(tmp_path):
-    folder = os.environ.get("FASHION_MNIST_DIR")
-    if not folder:
-        pytest.skip("FASHION_MNIST_DIR is not set")
-    options = [*TINY[2:], "--epochs", "0.002", "--out", tmp_path]
-    result = run("04_unet_cond.py", *options, FASHION_MNIST_DIR=folder)
-    assert result.returncode == 0, result.stderr
-    assert "Fashion-MNIST: 60,000 images, 28 × 28, 10 classes" in result.stdout
-    assert np.load(tmp_path / "samples.npy").shape == (20, 1, 28, 28)
-
-
-@pytest.mark.parametrize("script", ["01_time_embedding.py", "02_attention.py", "03_unet_uncond.py", "04_unet_cond.py"])
-def test_help(script):
-    result = run(script, "--help")
-    assert result.returncode == 0
-    assert "--out DIR" in result.stdout
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_help_says_what_there_is(number, run, lesson3, lesson4):
+    lesson = (lesson3.lesson1, lesson4.lesson2, lesson3, lesson4)[number - 1]
+    status, output, _ = run(lesson, "--help")
+    assert status == 0
+    assert "--out DIR" in output
