@@ -526,7 +526,7 @@ def measure_seconds(layers, x, enough=0.5):
 
 
 def measure_kept(layer, x, *told):
-    """Bytes that autograd keeps from `layer(x, *told)`, x of one image, for the backward pass, parameters not counted."""
+    """Bytes that autograd keeps of `layer(x, *told)`, x of one image, for the backward pass, parameters not counted."""
     x = x[:1].detach().clone().requires_grad_()
     kept = {}
 

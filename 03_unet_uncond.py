@@ -606,9 +606,11 @@ def update_ema(ema, denoiser, step):
     torch._foreach_lerp_(slow, fast, min(1.0, 10 / (step + 1)))  # on a GPU in a few kernels, not one for each tensor
 
 
-# How much does time help? We might expect much, and find hardly anything: the two small nets below differ by a few per
-# cent, now in favour of one, now of the other. The reason is that an image shows by itself how noisy it is. Wherever
-# there is background, pixels that should all be -1 differ by as much as the noise is strong.
+# How much does time help? Less than one might expect: told the time, a small net is better at every noise level, but
+# only by 8 per cent on average (5 to 9 with three seeds; and from worse by 0.3 to better by 2.6 with Muon, the next
+# section's, which learns faster). For an image shows by itself how noisy it is. Wherever there is background, pixels
+# that should all be -1 differ by as much as the noise is strong: the table's last line reads sigma off a corner of
+# 3 × 3 pixels.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 
@@ -652,7 +654,7 @@ def show_training():
     lesson1.plot_lines(axes, LEVELS, losses, xscale="log", ylim=0, xlabel="sigma", ylabel=label)
     first, second = (np.mean(values) for values in losses.values())
     figure.suptitle(
-        f"Told the time, the loss changes by {second / first - 1:+.1%} only: an image shows how noisy it is"
+        f"Told the time, the loss changes by {second / first - 1:+.1%}: an image itself shows how noisy it is"
     )
     return figure
 
@@ -722,8 +724,8 @@ def show_muon():
     late = {label: float(np.mean(losses[-20:])) for label, losses in curves.items()}
     figure, axes = plt.subplots(figsize=(8, 3.8))
     lesson1.plot_lines(axes, range(120), curves, xlabel="step of training", ylabel="loss", ylim=(0, 1.1))
-    said = " and ".join(f"{loss:.3f} with {label}" for label, loss in late.items())
-    figure.suptitle(f"Loss in the last 20 of 120 steps: {said} ({name})")
+    said = ", ".join(f"{loss:.2f} with {label}" for label, loss in late.items())
+    figure.suptitle(f"Loss at the end: {said} ({name})")
     return figure
 
 
@@ -850,7 +852,7 @@ def show_few_steps():
     figure, axes = plt.subplots(figsize=(7, 3.8))
     lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0, xticks=counts)
     ratio = off["ddim"][3] / off["dpm++"][3]
-    figure.suptitle(f"With 18 steps DDIM is {ratio:.1f} times as far from the end of the path as dpm++ ({name})")
+    figure.suptitle(f"With 18 steps DDIM is {ratio:.1f} times as far from the end as dpm++ ({name})")
     return figure
 
 

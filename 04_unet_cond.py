@@ -104,8 +104,9 @@ def show_cost():
 # Is there anything far away that a pixel of this U-Net couldn't know without attention? Lesson 2 counts it: on which
 # input pixels does one output pixel depend? In a new network on none, as its branches are silent; so all convolutions
 # get random weights. And a group norm is another way across, as all pixels meet in its mean; so the norms are left out.
-# The convolutions alone get across by going down: one pixel of the lowest level stands for many above. What is left for
-# attention is to choose by content, rather than by place, what to hear of. docs/ladder.png shows what that buys here.
+# The convolutions alone get across by going down: one pixel of the lowest level stands for many above. So an output
+# pixel depends on all 196 of the small net's patches, and on all 1,024 pixels of the lecture's net, if faintly. What is
+# left for attention is to choose by content, rather than by place, what to hear of. docs/ladder.png shows what it buys.
 def without_norms(network):
     """The network with random convolutions and without norms, in place."""
     for module in network.modules():
@@ -266,8 +267,8 @@ def show_line():
 
 
 # %% 5. How strong, and from when
-# Stronger guidance makes the garments of a class more alike, and from the start it does so most: they lose their
-# variety, and become lighter.
+# From where the noise is down to 3, even strong guidance costs no variety. From the start it does: the garments of a
+# class become alike, and lighter.
 @lesson1.section
 def show_guidance():
     denoiser, run = load()
