@@ -22,23 +22,26 @@ plt.rcParams.update({"figure.constrained_layout.use": True, "image.cmap": "gray"
 
 
 def section(show):
-    """Mark a section's function: at a prompt it runs at once, so that its picture appears under its cell."""
+    """Run a section's function at once where cells (`# %%`) are run one by one, at a prompt (there, Python sets
+    sys.ps1), so that its picture appears under its cell. Elsewhere `main` runs it."""
     if show.__module__ == "__main__" and hasattr(sys, "ps1"):
         show()
     return show
 
 
 # %% 1. A clock
-# A diffusion network is told a time step, say t = 370 of 1000. As one number, 380 is nearly the same: the way from one
-# to the other is a hundredth of the way from the first time to the last. A network that is to treat the two differently
-# needs very large weights, and it is slow to find them (Tancik et al. 2020).
+# One diffusion network takes away noise of every strength, and what is to be done depends on the strength. So it is
+# told a time step, say t = 370 of 1000. As one number, 380 is nearly the same: the way from one to the other is a
+# hundredth of the way from the first time to the last. A network that is to treat the two very differently needs very
+# large weights, and it is slow to find them (Tancik et al. 2020).
 #
-# Clocks have solved this. The second hand tells neighbouring moments apart, the hour hand tells morning from evening,
-# and no hand ever leaves the dial. The embedding is a clock: hand number k has turned by `t * frequency[k]`, and every
-# hand is slower than the one before it by one and the same factor.
+# Clocks have solved this. The second hand tells neighbouring moments apart, the hour hand tells three from nine, and no
+# hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its frequency.
+# Every hand is slower than the one before it by one and the same factor: the frequencies are powers of one number, with
+# evenly spaced exponents.
 @section
 def show_clock():
-    times = torch.tensor([50.0, 51.0, 90.0])
+    times = torch.tensor([50.0, 51.0, 900.0])
     angles = times[:, None] * 10_000 ** -torch.linspace(0, 1, 8)  # times hands
     figure, axes = plt.subplots(3, 8, figsize=(8, 3.3), subplot_kw={"projection": "polar"})
     for axis, angle in zip(axes.flat, angles.flatten().tolist(), strict=True):
@@ -46,7 +49,7 @@ def show_clock():
         axis.set(theta_offset=math.pi / 2, theta_direction=-1, xticks=[], yticks=[], ylim=(0, 1))
     for axis, time in zip(axes[:, 0], times, strict=True):
         axis.set_ylabel(f"t = {time:.0f}", labelpad=18)
-    figure.suptitle("A time is the position of eight hands: the fast ones tell 50 from 51, the slow ones 50 from 90")
+    figure.suptitle("A time is the position of eight hands: the fast ones tell 50 from 51, the slow ones 50 from 900")
     return figure
 
 
@@ -58,7 +61,7 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
 
     timesteps: `(n,)`, any real numbers. dim: at least 2; an odd one is padded with a column of zeros. max_period: at
     least 1; the fastest hand takes `2 pi` for a turn, the slowest `2 pi max_period`. Returns `(n, dim)`, sines first,
-    in the type of `timesteps` (float32 for integers). Raises ValueError for anything else.
+    in the type of `timesteps` (float32 for integers). Raises ValueError for other shapes and ranges.
 
     Vaswani et al. 2017, section 3.5, with the ends of the frequencies as in Ho et al. 2020.
     """
@@ -97,11 +100,12 @@ def show_steps():
 
 
 # %% 3. What the clock buys, and what it costs
-# Embedded, two neighbouring times are as far apart as the fast hands can tell, which is a good part of the largest
-# distance that there is. The price is at the other end: far and very far are much the same. Seen from 370, the time 0
-# is even nearer than 500 is. The slow hands know better, but it is left to the network to listen to them.
+# Embedded, near times are as far apart as the fast hands can tell, which is a good part of the largest distance that
+# there is. The price is at the other end: far and very far are much the same. Seen from 370, the times 0 and 500 are
+# about equally far, though one is three times as far away. The slow hands know better, but it is left to the network to
+# listen to them.
 def distances(rows, origin):
-    """How far each row is from row `origin`, if the last is 1 away from the first: `(n, columns)` -> `(n,)`."""
+    """How far each row is from row `origin`, in units of the distance from first to last: `(n, columns)` -> `(n,)`."""
     return (rows - rows[origin]).norm(dim=1) / (rows[-1] - rows[0]).norm()
 
 
@@ -110,7 +114,7 @@ def show_distances():
     t = torch.arange(1001.0)
     lines = {"as one number": distances(t[:, None], 370), "as 64 columns": distances(timestep_embedding(t, 64), 370)}
     for name, distance in lines.items():
-        print(f"   {name}: 380 is {distance[380]:.3f}, 500 is {distance[500]:.3f}, 0 is {distance[0]:.3f} from 370")
+        print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
     for (name, distance), style in zip(lines.items(), ("k--", "k-"), strict=True):
         axes[0].plot(t, distance, style, label=name)
@@ -123,12 +127,11 @@ def show_distances():
 
 
 # %% 4. max_period must fit the range of t
-# It says how slow the slowest hand is. If it is small for the range of t, even that hand goes round again and again:
-# none tells morning from evening. If it is large, the slow hands hardly leave their place, and their columns say
+# It says how slow the slowest hand is. If it is small for the range of t, even that hand goes round again and again,
+# and none tells early from late. If it is large, the slow hands hardly leave their place, and their columns say
 # nothing. The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017); diffusion models took it
 # over for t = 0, 1, ..., 999. The lecture leaves it at that, but its conditional model (notebook 28) puts in t from 0
-# to 1, where most columns stand still. (At the other end, a hand that makes more than half a turn from one t to the
-# next is aliased: it seems to go backwards, or at any other speed. It tells times apart all the same.)
+# to 1, where most columns stand still.
 def count_still(columns):
     """How many columns of `(n, dim)` move by less than 1 % of a full swing, which for a sine is from -1 to 1."""
     return int((columns.amax(dim=0) - columns.amin(dim=0) < 0.02).sum())
@@ -150,11 +153,12 @@ def show_max_period():
     return figure
 
 
-# %% 5. "3 later" is a rotation
-# "3 later" turns each hand by an angle of its own, whatever the time is. And turning is linear: sin(a + b) and
-# cos(a + b) are sums of sin(a) and cos(a), with weights that depend on b alone. So it is one matrix for all times, and
-# a single linear layer can learn it. A rotation changes neither lengths nor angles; so the dot product of two
-# embeddings cannot depend on when they are, but only on how far apart: it is the sum of cos(frequency * distance).
+# %% 5. An aside: "3 later" is a rotation
+# The U-Net makes no use of it, but positions in a transformer do. "3 later" turns each hand by an angle of its own,
+# whatever the time is. And turning is linear: sin(a + b) and cos(a + b) are sums of sin(a) and cos(a), with weights
+# that depend on b alone. So it is one matrix for all times, and a single linear layer can learn it. A rotation changes
+# neither lengths nor angles; so the dot product of two embeddings cannot depend on when they are, but only on how far
+# apart: it is the sum of cos(frequency * distance).
 def rotation(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t; dim is even.
 
@@ -209,7 +213,7 @@ class ScaleShift(nn.Linear):
     def forward(self, x, embedding):
         """x and the result: `(n, channels, h, w)`; embedding: `(n, embedding_dim)`."""
         scale, shift = super().forward(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)  # n channels 1 1, each
-        return (1 + scale) * x + shift  # 1 + : a layer that says nothing, 0, changes nothing
+        return (1 + scale) * x + shift  # scale = shift = 0 leaves x as it is
 
 
 @section
