@@ -102,7 +102,7 @@ def show_order():
     lesson1.plot_lines(above, range(21), left, xlabel="blocks", ylabel="correlation", xticks=range(0, 21, 5))
     lesson1.plot_images(below, torch.stack(pictures).clamp(-1, 1), len(shown), left, [f"after {i}" for i in shown])
     first, last = (values[-1] for values in left.values())
-    figure.suptitle(f"After 20 blocks {first:.2f} of the signal is left, {last:.2f} if activations come last ({name})")
+    figure.suptitle(f"Correlation after 20 blocks: {first:.2f} if activations come first, {last:.2f} if last ({name})")
     return figure
 
 
@@ -129,8 +129,8 @@ def zero_(layer):
     return layer
 
 
-# What two convolutions find is added to what came in. The last one starts at zero, so a new block changes nothing: the
-# network begins as a short one, and each block joins in when it has learned something.
+# What two convolutions find is added to what came in. The last one starts at zero, so a new block changes nothing but
+# perhaps the width: the network begins as a short one, and each block joins in when it has learned something.
 class ResBlock(nn.Module):
     """Two pre-activation convolutions and a shortcut, which is a 1×1 convolution where the width changes."""
 
@@ -209,9 +209,10 @@ def show_saved():
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: blocks, and convolutions of stride 2, which halve height and width; so a 3×3 convolution sees ever more of the
-# garment. A level has a quarter of the pixels of the one above and twice the channels, so its convolutions cost about
-# the same. Up: the same the other way. Beside what comes from below, each block there gets what was saved at its size
-# on the way down, as more channels; one block more, because a level saves one activation more than it has blocks.
+# garment. A level has a quarter of the pixels of the one above and twice the channels, so that all levels cost about
+# the same. (The lecture's are those of the table below; a run's preset `small` has fewer, and `--no-time` trains this
+# very network.) Up: the same the other way. Beside what comes from below, each block there gets what was saved at its
+# size on the way down, as more channels; one block more, because a level saves one activation more than it has blocks.
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
@@ -367,11 +368,11 @@ def show_skips():
 
 
 # %% 6. Noise: x = x0 + sigma · noise
-# From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can't be
-# seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
+# From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can hardly
+# be seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
 # Models", EDM; the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between
-# it is making: where the noise hides a garment's edge, whoever takes the noise away must invent it.
-SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # in sampling: noise that can hardly be seen, and noise in which nothing can be seen
+# it becomes invention: where the noise hides a garment's edge, whoever takes the noise away must make one up.
+SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # the ends of sampling (EDM begins at 80, too, and ends at 0.002)
 
 
 def add_noise(x0, sigma, noise):
@@ -405,9 +406,9 @@ def show_noise():
 # which the network's errors are multiplied, is as small as it can be.) c_noise is the time that the network is told:
 # ln(sigma) / 4, times a constant that makes the hands of lesson 1's clock move.
 #
-# And the work can be done on patches: 2×2 pixels become 4 channels of one pixel, so that the network has a quarter of
-# the pixels to go over.
-TIME_SCALE = 1000
+# And the work can be done on patches (pixel_unshuffle): 2×2 pixels become 4 channels of one pixel, so that the network
+# has a quarter of the pixels to go over.
+TIME_SCALE = 1000  # so the time goes from -1151 to 1096, for which lesson 1's max_period was made
 
 
 class Denoiser(nn.Module):
@@ -468,8 +469,8 @@ def show_preconditioning():
 
 # %% 8. Time
 # c_in has made every x equally large, so the network can't tell by its size how noisy it is. Each block is told: lesson
-# 1's embedding, which all blocks share, becomes a scale and a shift for each channel. They act *after* the second norm;
-# in front of it, as in the lecture, a group norm would take out again what is common to a group.
+# 1's embedding, which all blocks share, becomes a scale and a shift for each channel. They act *after* the second norm.
+# The lecture has them in front of it, where a group norm would take out again what is common to a group.
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation."""
 
@@ -543,8 +544,8 @@ def denoising_loss(denoiser, x0, sigma, noise, *label):
     return (x0_hat - x0).square().mean(dim=(1, 2, 3)) / c_out**2
 
 
-# An epoch is all images in random order. And whatever is random in a step depends on seed and step alone, so that a run
-# that was interrupted, or is shared among processes, sees the same as one that was neither.
+# An epoch is all images in random order. And whatever is random in a step depends on seed and step alone (on one kind
+# of device), so that a run that was interrupted, or is shared among processes, sees the same as one that was neither.
 @functools.lru_cache(maxsize=2)
 def permutation(n, seed, epoch):
     """The order in which an epoch goes through n images: `(n,)`."""
@@ -607,10 +608,9 @@ def update_ema(ema, denoiser, step):
 
 
 # How much does time help? Less than one might expect: told the time, a small net is better at every noise level, but
-# only by 8 per cent on average (5 to 9 with three seeds; and from worse by 0.3 to better by 2.6 with Muon, the next
-# section's, which learns faster). For an image shows by itself how noisy it is. Wherever there is background, pixels
-# that should all be -1 differ by as much as the noise is strong: the table's last line reads sigma off a corner of
-# 3 × 3 pixels.
+# only by 8 per cent on average. (c_in, c_skip and c_out know sigma for both; it is the network that isn't told.) For an
+# image shows by itself how noisy it is. Wherever there is background, pixels that should all be -1 differ by as much as
+# the noise is strong: the table's last line reads sigma off a corner of 3 × 3 pixels.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 
@@ -628,7 +628,7 @@ def train_small(network_class, images, make_optimizers, steps=120):
     denoiser = Denoiser(network_class(4, (16, 32), depth=1, groups=4), float(images.std()), patch=2)
     ema = copy.deepcopy(denoiser)
     pixels, labels = ((images + 1) * 127.5).round().byte(), torch.zeros(len(images), dtype=torch.int64)
-    batches = ((*batch[:-1],) for batch in draw_batches(pixels, labels, 64, 0, range(steps)))  # without the label
+    batches = (batch[:-1] for batch in draw_batches(pixels, labels, 64, 0, range(steps)))  # without the label
     return ema, [float(loss) for _, loss, _ in train(denoiser, ema, make_optimizers(denoiser), batches, steps)]
 
 
@@ -646,9 +646,9 @@ def show_training():
     print("   sigma       " + "".join(f"{sigma:7g}" for sigma in LEVELS) + "   mean")
     for label, values in losses.items():
         print(f"   {label:12}" + "".join(f"{value:7.3f}" for value in values) + f"{np.mean(values):7.3f}")
-    corner = add_noise(garments, torch.tensor(LEVELS).repeat(10), torch.randn_like(garments))[:, :, :3, :3]
-    spread = corner.std(dim=(1, 2, 3)).view(10, -1).mean(dim=0)  # what the background in the corner says
-    print("   corner says " + "".join(f"{value:7.2g}" for value in spread))
+    noise = torch.randn(len(garments), 1, 3, 3)
+    corner = [float((garments[:, :, :3, :3] + sigma * noise).std(dim=(1, 2, 3)).mean()) for sigma in LEVELS]
+    print("   corner says " + "".join(f"{value:7.2g}" for value in corner))
     figure, axes = plt.subplots(figsize=(8, 4))
     label = f"loss on test images ({name})"
     lesson1.plot_lines(axes, LEVELS, losses, xscale="log", ylim=0, xlabel="sigma", ylabel=label)
@@ -749,7 +749,7 @@ def starting_noise(seed, label, index, shape):
 def sample(denoise, noise, sigmas, method="dpm++"):
     """Yield each state (sigma, x, x0_hat) on the way from noise to images; the last has sigma 0 and x = x0_hat.
 
-    denoise(x, sigma) -> x0_hat, with sigma `(n,)` on the CPU, where nobody has to wait for it. noise: `(n, c, h, w)`,
+    denoise(x, sigma) -> x0_hat, with sigma `(n,)` on the CPU (reading it waits for no GPU). noise: `(n, c, h, w)`,
     unit variance. sigmas: falling, from `noise_levels`. method: what a step assumes on its way to the next sigma,
     "ddim":  that x0_hat stays as it is (Song, Meng and Ermon 2021; Euler's method in sigma). Error ~ 1 / steps.
     "dpm++": that x0_hat goes on as since the last step, linearly in ln(sigma) (Lu et al. 2022, DPM-Solver++(2M)). Error
@@ -784,8 +784,9 @@ def sample(denoise, noise, sigmas, method="dpm++"):
 
 # A network has to be trained before it can sample. But for a handful of images the best denoiser there is can be
 # written down: x may have been each of them, with a probability that falls with the distance, and the mean of what it
-# may have been is the best guess. It is attention (lesson 2): the query is x, keys and values are the images. It knows
-# its images by heart and makes nothing else. A network can't know 60,000 by heart, and so makes new ones.
+# may have been is the best guess. It is attention (lesson 2): x is the query, the images are keys and values, and the
+# scores are minus squared distances. It knows its images by heart and makes nothing else. A network as small as ours,
+# trained as shortly, can't know 60,000 by heart, and so makes new ones.
 def ideal_denoiser(images):
     """denoise(x, sigma) for `sample`, which knows images `(m, c, h, w)`: the mean of those that x may have been."""
 
@@ -963,7 +964,10 @@ def crop(images, size):
 # %% The run: its checkpoint
 def save_checkpoint(path, content):
     """All or nothing: an interrupted write leaves the old file as it was."""
-    buffer, part = io.BytesIO(), path.with_suffix(f".{os.getpid()}.part")
+    buffer, part = (
+        io.BytesIO(),
+        path.with_suffix(f".{os.getpid()}.part"),
+    )  # a full disk is an OSError for Python's write
     torch.save(content, buffer)
     try:
         part.write_bytes(buffer.getvalue())
@@ -978,13 +982,17 @@ def load_checkpoint(path):
         return None
     try:
         file = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(file) as archive:  # torch.load checks no sums, and reads a "folder" as zeros
+        with zipfile.ZipFile(
+            file
+        ) as archive:  # torch.load checks no sums, and takes an entry with attributes for zeros
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("a checksum is wrong")
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
         run = Run(**content["run"])
-        return content | {"run": run, "preset": PRESETS[run.preset], "step": content["step"], "ema": content["ema"]}
+        if run.preset not in PRESETS or not {"step", "ema"} <= content.keys():
+            raise ValueError("of another version")
+        return content | {"run": run}
     except Exception as error:  # of many kinds: whatever reading strange bytes can lead to
         raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
 
@@ -1026,9 +1034,9 @@ def check_same(path, run, asked):
 # `torchrun` starts this script several times. Each process draws the numbers of the whole batch, computes on its share,
 # and steps with the mean of all gradients (DistributedDataParallel), so the weights stay the same. All must see the
 # same folder; the first process alone prints, and writes files.
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of the same machine
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if PROCESSES > 1 else 0  # among those of the same machine
 
 
 def get_denoiser(options, model, path):
@@ -1058,6 +1066,8 @@ def get_denoiser(options, model, path):
         dist.barrier()
     images, labels = pad(torch.from_numpy(train_set.images)[:, None], preset), torch.from_numpy(train_set.labels)
     sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
+    if not sigma_data:
+        raise UserError(f"{train_set.name}: all images are one and the same grey, there is nothing to learn")
     settings = preset_name, options.epochs or preset.epochs, batch_size, options.seed
     of_data = train_set.name, len(images), train_set.classes, train_set.images.shape[1:], sigma_data
     run = Run(model.name, *settings, *of_data)
@@ -1142,7 +1152,9 @@ def fit(run, model, dataset, path, checkpoint):
             due = stops or done == run.steps or time.monotonic() > saved + 120
             if due or done % 20 == 0 or device.type == "cpu":  # elsewhere seldom, because it waits for the GPU
                 if not norm.isfinite():
-                    tip = "try a larger --batch-size or another --seed; no checkpoint was written since"
+                    tip = (
+                        "try --restart with a larger --batch-size or another --seed; the last checkpoint is a good one"
+                    )
                     raise UserError(f"the loss is not finite any more at step {done:,}: {tip}")
                 bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean().item():.3f}", refresh=False)
             bar.update(run.batch_size)
@@ -1151,7 +1163,7 @@ def fit(run, model, dataset, path, checkpoint):
                 content = {"run": run._asdict(), "step": done, "losses": losses}
                 save_checkpoint(path, content | {name: part.state_dict() for name, part in kept.items()})
                 saved = time.monotonic()
-            if stops:
+            if stops and due:  # one that came after `due` was decided waits for the next step, which is saved
                 break
         bar.close()
         if stops:
@@ -1179,20 +1191,25 @@ def plot_losses(title, losses):
 
 
 # %% The run: samples
+def draw_noise(run, starts, device):
+    """Starting noise `(n, 1, h, w)` of the padded size of a run's images; starts: (seed, label, index) of each."""
+    shape = pad(torch.empty(1, 1, *run.size), PRESETS[run.preset]).shape[1:]
+    return torch.stack([starting_noise(*start, shape) for start in starts]).to(device)
+
+
 def sample_images(run, starts, make_denoise, sampler, device):
     """An image, `(n, 1, h, w)` in [-1, 1], for each of `starts`, (seed, label, index); and a film of some of them, a
     list of (sigma, x, x0_hat).
 
     make_denoise(label): what `sample` needs for images of these labels `(n,)`. sampler(denoise, noise): `sample`.
     """
-    shape = pad(torch.empty(1, 1, *run.size), PRESETS[run.preset]).shape[1:]  # 1 h w
     images, film = [], []
     for first in range(0, len(starts), 200):
         chosen = starts[first : first + 200]
-        noise = torch.stack([starting_noise(*start, shape) for start in chosen]).to(device)
         denoise = make_denoise(torch.tensor([label for _, label, _ in chosen], device=device))
-        shown = np.linspace(0, len(chosen) - 1, min(len(chosen), 4)).round()
-        for sigma, *state in tqdm(sampler(denoise, noise), desc="sampling", unit=" steps", leave=False):
+        shown = np.linspace(0, len(chosen) - 1, min(len(chosen), 4)).round().astype(int)
+        states = sampler(denoise, draw_noise(run, chosen, device))
+        for sigma, *state in tqdm(states, desc="sampling", unit=" steps", leave=False, disable=None):
             if first == 0:
                 film.append((sigma, *(crop(part[shown], run.size).cpu() for part in state)))
         images.append(crop(state[0], run.size).clamp(-1, 1).cpu())

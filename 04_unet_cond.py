@@ -102,11 +102,12 @@ def show_cost():
 
 # %% 2. Why it is hardly missed at this size
 # Is there anything far away that a pixel of this U-Net couldn't know without attention? Lesson 2 counts it: on which
-# input pixels does one output pixel depend? In a new network on none, as its branches are silent; so all convolutions
-# get random weights. And a group norm is another way across, as all pixels meet in its mean; so the norms are left out.
-# The convolutions alone get across by going down: one pixel of the lowest level stands for many above. So an output
-# pixel depends on all 196 of the small net's patches, and on all 1,024 pixels of the lecture's net, if faintly. What is
-# left for attention is to choose by content, rather than by place, what to hear of. docs/ladder.png shows what it buys.
+# input pixels does one output pixel depend? In a new network on none, as its last convolution is zero; so all
+# convolutions get random weights. And a group norm is another way across, as all pixels meet in its mean; so the norms
+# are left out. The convolutions alone get across by going down: one pixel of the lowest level stands for many above. So
+# an output pixel depends on all 196 of the small net's patches, and on all 1,024 pixels of the lecture's net, if
+# faintly. What is left for attention is to choose by content, rather than by place, what to hear of. docs/ladder.png
+# shows what it buys.
 def without_norms(network):
     """The network with random convolutions and without norms, in place."""
     for module in network.modules():
@@ -191,10 +192,10 @@ def load():
 
 def follow(denoise, starts):
     """The images `(n, 1, h, w)` that `denoise` makes in 18 steps; starts: (seed, label, index) of each one's noise."""
-    _, run = load()
-    sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(18))
-    device = lesson3.choose_device(TRAINED["device"])
-    return lesson3.sample_images(run, starts, lambda label: denoise, sampler, device)[0]
+    denoiser, run = load()
+    noise = lesson3.draw_noise(run, starts, denoiser.device)
+    *_, (_, x, _) = lesson3.sample(denoise, noise, lesson3.noise_levels(18))
+    return lesson3.crop(x, run.size).clamp(-1, 1).cpu()
 
 
 @lesson1.section
@@ -221,8 +222,8 @@ def show_labels():
 #
 # But while there is much noise, the rough shape is being decided, and how light the garment will be; and guidance makes
 # the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024),
-# which leaves half of the steps half of the work. And a network that was trained for long knows its classes better, and
-# needs less.
+# and the other half of the steps evaluates the network once instead of twice. And a network that was trained for long
+# knows its classes better, and needs less.
 GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
 
 
@@ -253,9 +254,7 @@ def guide(denoiser, label, guidance, below=GUIDED_BELOW):
 def show_line():
     denoiser, run = load()
     n, device = len(run.classes), denoiser.device
-    preset = lesson3.PRESETS[run.preset]
-    shape = lesson3.pad(torch.empty(1, 1, *run.size), preset).shape[1:]
-    noise = torch.stack([lesson3.starting_noise(0, i, 0, shape) for i in range(n)]).to(device)
+    noise = lesson3.draw_noise(run, [(0, i, 0) for i in range(n)], device)
     label, sigma = torch.arange(n, device=device), torch.full((n,), 3.0)
     points = {w: guide(denoiser, label, w)(3 * noise, sigma) for w in (-1, 0, 0.5, 1, 3)}
     away = [f"{(point - points[0]).square().mean().sqrt():.2f}" for point in points.values()]
@@ -333,14 +332,13 @@ def show_look():
     blocks = [block for level in denoiser.network.up for block in level]
     layer = [block.attention for block in blocks if not isinstance(block.attention, nn.Identity)][-1]
     label = torch.tensor([len(run.classes) - 1], device=denoiser.device)
-    shape = lesson3.pad(torch.empty(1, 1, *run.size), lesson3.PRESETS[run.preset]).shape[1:]
-    noise = lesson3.starting_noise(0, int(label), 0, shape)[None].to(denoiser.device)
+    noise = lesson3.draw_noise(run, [(0, int(label), 0)], denoiser.device)
     states = list(lesson3.sample(guide(denoiser, label, 0), noise, lesson3.noise_levels(18)))
     figure, axes = plt.subplots(3, 4, figsize=(8, 6))
     for row, shown in zip(axes, (20, 1, 0.1), strict=True):
         sigma, x, x0_hat = min(states[:-1], key=lambda state: abs(math.log(state[0] / shown)))
         weights = catch_weights(layer, guide(denoiser, label, 0), x, torch.tensor([sigma]))[0, :3].cpu()
-        side = round(weights.shape[1] ** 0.5 * shape[1] / shape[2])  # rows of places that attention has
+        side = round((weights.shape[1] * noise.shape[2] / noise.shape[3]) ** 0.5)  # rows of places that attention has
         looks = weights.unflatten(2, (side, -1)).unflatten(1, (side, -1))  # heads h w h w
         y, place = round(0.6 * side), round(0.3 * looks.shape[2])
         lesson1.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
@@ -374,17 +372,18 @@ def work(options):
         TRAINED.update(path=path if path.exists() else PRETRAINED, device=options.device)
         lesson1.run_sections(globals(), options.out / "lesson")
         return
-    if options.only and not options.sample_only:
+    if options.only is not None and not options.sample_only:
         find_classes(options.only, lesson3.load_once(split="train", **lesson3.DATA).classes)  # better before training
     denoiser, run = lesson3.get_denoiser(options, MODEL, path)
     wanted = find_classes(options.only, run.classes)
     guidance = choose_guidance(run.epochs) if options.guidance is None else options.guidance
     starts = [(options.seed, label, index) for label in wanted for index in range(options.n)]
     sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(options.steps))
-    make_denoise = functools.partial(guide, denoiser, guidance=guidance)
+    below = GUIDED_BELOW if guidance >= 0 else math.inf  # what leads away from the label does so from the start
+    make_denoise = functools.partial(guide, denoiser, guidance=guidance, below=below)
     samples = lesson3.sample_images(run, starts, make_denoise, sampler, denoiser.device)
     title = f"{run.title}, {options.steps} steps, guidance {guidance:g}"
-    if options.only:
+    if options.only is not None:
         lesson3.write_samples(options, f"{run.classes[wanted[0]]}: {title}", samples, columns=8)
     else:
         lesson3.write_samples(options, title, samples, run.classes, options.n)
@@ -393,7 +392,9 @@ def work(options):
 def main():
     parser, group = lesson3.make_run_parser(__file__, __doc__, n=10)
     parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="sample this class only (all)")
-    told = f"how strongly the label guides: 0 is the label as it is ({GUIDANCE:g}; after 10 epochs {GUIDANCE_LATER:g})"
+    told = (
+        f"how strongly the label guides; 0: as it is, -1: not at all ({GUIDANCE:g}; after 10 epochs {GUIDANCE_LATER:g})"
+    )
     parser.add_argument("--guidance", metavar="W", type=lesson3.number(float, -1, 100), help=told)
     group.add_argument("--pretrained", action="store_true", help="sample from the weights in data/pretrained")
     options = parser.parse_args()

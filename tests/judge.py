@@ -17,14 +17,9 @@ from tqdm import tqdm, trange
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-lesson1 = importlib.import_module("01_time_embedding")
 lesson3 = importlib.import_module("03_unet_uncond")
 
 KEPT = ROOT / "runs" / "judge"
-
-
-class JudgeError(Exception):
-    """A judge that is kept can't be used; the message is one line that says what would help."""
 
 
 class Block(nn.Module):
@@ -47,14 +42,8 @@ class Block(nn.Module):
 
 def residual():
     """Five residual blocks, 32 to 256 channels (after He et al. 2015)."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1, bias=False),
-        Block(32, 32, 1),
-        Block(32, 64, 2),
-        Block(64, 128, 2),
-        Block(128, 256, 2),
-        Block(256, 256, 1),
-    )
+    shapes = (32, 32, 1), (32, 64, 2), (64, 128, 2), (128, 256, 2), (256, 256, 1)
+    return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1, bias=False), *(Block(*shape) for shape in shapes))
 
 
 def plain():
@@ -106,12 +95,13 @@ def train(judge, name, images, labels, epochs=10, batch_size=128, rate=2e-3, see
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(judge.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    precision = lesson3.choose_precision(images.device)  # bfloat16 without instructions for it takes ten times as long
     judge.train().to(memory_format=torch.channels_last)
     for _ in trange(epochs, desc=f"training the judge {name!r}", unit="epoch"):
         order = torch.randperm(len(images), generator=generator).to(images.device)
         for chosen in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
             x = augment(to_range(images[chosen]), generator)
-            with torch.autocast(x.device.type, dtype=torch.bfloat16):
+            with torch.autocast(x.device.type, precision, enabled=precision is not None):
                 loss = F.cross_entropy(judge(x), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -122,7 +112,7 @@ def train(judge, name, images, labels, epochs=10, batch_size=128, rate=2e-3, see
 def get_judge(name, images, labels):
     """The judge of that name that is kept under runs/; where there is none, one is trained on these images and kept.
 
-    images and labels as for `train`; the judge comes to their device. Raises JudgeError where the file is broken, or
+    images and labels as for `train`; the judge comes to their device. Raises UserError where the file is broken, or
     can't be written.
     """
     path, seed = KEPT / f"{name}.pt", list(ARCHITECTURES).index(name)
@@ -132,14 +122,17 @@ def get_judge(name, images, labels):
         try:
             judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
-            raise JudgeError(f"{path}: damaged, or of another version; delete it, and one is trained anew") from error
+            raise lesson3.UserError(
+                f"{path}: damaged, or of another version; delete it, and one is trained anew"
+            ) from error
     else:
         try:
-            lesson1.make_folder(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
             train(judge, name, images, labels, seed=seed)
             lesson3.save_checkpoint(path, judge.state_dict())
         except OSError as error:
-            raise JudgeError(f"{path}: can't be written, but a judge is trained only once ({error})") from error
+            message = f"{path}: can't be written, but a judge is trained only once ({error})"
+            raise lesson3.UserError(message) from error
     return judge.eval()
 
 

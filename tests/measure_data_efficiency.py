@@ -19,6 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from judge import to_range
 from torch import nn
 from tqdm import tqdm
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 lesson1 = importlib.import_module("01_time_embedding")
 lesson2 = importlib.import_module("02_attention")
+lesson3 = importlib.import_module("03_unet_uncond")
 data = importlib.import_module("data")
 
 SHARES = (0.01, 0.04, 0.16)
@@ -38,29 +40,10 @@ class ConvolutionalNet(nn.Sequential):
     """Five 3×3 convolutions, three of them of stride 2, then the mean over all pixels."""
 
     def __init__(self, n_classes, width=27):
-        def block(channels_in, channels_out, stride=1):
-            convolution = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1)
-            return nn.Sequential(convolution, nn.GroupNorm(1, channels_out), nn.GELU())
-
-        super().__init__(
-            block(1, width, stride=2),
-            block(width, 2 * width, stride=2),
-            block(2 * width, 2 * width),
-            block(2 * width, 4 * width, stride=2),
-            block(4 * width, 4 * width),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(4 * width, n_classes),
-        )
-
-
-def count_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def to_pixels(images):
-    """uint8 `(n, h, w)` to float32 `(n, 1, h, w)` in [-1, 1]."""
-    return images[:, None] / 127.5 - 1
+        channels, layers = (1, width, 2 * width, 2 * width, 4 * width, 4 * width), []
+        for before, after, stride in zip(channels, channels[1:], (2, 2, 1, 2, 1), strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.GroupNorm(1, after), nn.GELU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, n_classes))
 
 
 def train(parameters, loss, images, steps, generator, name):
@@ -91,7 +74,7 @@ def pretrain(model, images, steps, generator, seed):
     fill_in = nn.Linear(model.classify.in_features, PATCH**2)
 
     def loss(chosen):
-        x = to_pixels(images[chosen])
+        x = to_range(images[chosen])
         patches = model.to_patches(x)  # n s (p q)
         hidden = torch.rand(patches.shape[:2], generator=generator) < HIDDEN
         return F.mse_loss(fill_in(model.encode(hide_patches(x, hidden)))[hidden], patches[hidden])
@@ -104,14 +87,14 @@ def learn(model, images, labels, steps, generator, name):
     """Teach a model the classes."""
 
     def loss(chosen):
-        return F.cross_entropy(model(to_pixels(images[chosen])), labels[chosen])
+        return F.cross_entropy(model(to_range(images[chosen])), labels[chosen])
 
     train(model.parameters(), loss, images, steps, generator, name)
 
 
 @torch.no_grad()
 def accuracy(model, images, labels):
-    predicted = torch.cat([model(to_pixels(batch)).argmax(dim=1) for batch in images.split(1000)])
+    predicted = torch.cat([model(to_range(batch)).argmax(dim=1) for batch in images.split(1000)])
     return (predicted == labels).float().mean().item()
 
 
@@ -126,14 +109,9 @@ def measure(train_set, test_set, seeds, steps, pretraining_steps):
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         transformer = lesson2.VisionTransformer(size, PATCH, n_classes=n_classes)
-        convolutional = ConvolutionalNet(n_classes)
-        pretrained = copy.deepcopy(transformer)
+        learners = {"transformer": transformer, "convolutional net": ConvolutionalNet(n_classes)}
+        learners["pre-trained transformer"] = pretrained = copy.deepcopy(transformer)
         pretrain(pretrained, images, pretraining_steps, generator, seed)
-        learners = {
-            "transformer": transformer,
-            "convolutional net": convolutional,
-            "pre-trained transformer": pretrained,
-        }
         order = torch.randperm(len(images), generator=generator)
         for place, n in enumerate(sizes):
             for name, start in learners.items():
@@ -144,7 +122,7 @@ def measure(train_set, test_set, seeds, steps, pretraining_steps):
                 correct = accuracy(model, test_images, test_labels)
                 print(f"{task}: {correct:.1%}", flush=True)
                 results.setdefault(name, torch.zeros(len(sizes), seeds))[place, seed] = correct
-    counts = {name: count_parameters(model) for name, model in learners.items()}
+    counts = {name: sum(parameter.numel() for parameter in model.parameters()) for name, model in learners.items()}
     return results, counts, sizes
 
 
@@ -171,15 +149,8 @@ def draw(results, sizes, data_name, path):
     lesson1.save_picture(figure, path)
 
 
-def main():
-    parser = lesson1.Parser(__file__, __doc__)
-    parser.set_defaults(out=ROOT / "runs" / "measure_data_efficiency")
-    parser.add_argument("--data", choices=data.NAMES, default="auto")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000, help="of training on labelled images (%(default)s)")
-    parser.add_argument("--pretraining-steps", type=int, default=3000, help="without labels (%(default)s)")
-    options = parser.parse_args()
-    train_set, test_set = (data.load(options.data, split) for split in data.SPLITS)
+def work(options):
+    train_set, test_set = (lesson3.load_once(split=split, **lesson3.DATA) for split in data.SPLITS)
     began = time.perf_counter()
     results, counts, sizes = measure(train_set, test_set, options.seeds, options.steps, options.pretraining_steps)
     print(f"\n{train_set.name}: test accuracy in %, mean (smallest to largest of {options.seeds} seeds)")
@@ -189,6 +160,16 @@ def main():
         print(f"{name + f', {counts[name]:,} parameters':45}" + "".join(f"{cell:>22}" for cell in cells))
     print(f"{time.perf_counter() - began:.0f} s, {time.process_time():.0f} s of processor time")
     draw(results, sizes, train_set.name, options.out / "data_efficiency.png")
+
+
+def main():
+    parser, count = lesson1.make_parser(ROOT / Path(__file__).name, __doc__), lesson3.number(int, 1, 10**6)
+    parser.add_argument("--data", choices=data.NAMES, default="auto")
+    parser.add_argument("--seeds", type=count, default=3, help="(%(default)s)")
+    parser.add_argument("--steps", type=count, default=1000, help="of training on labelled images (%(default)s)")
+    parser.add_argument("--pretraining-steps", type=count, default=3000, help="without labels (%(default)s)")
+    parser.set_defaults(data_dir=None, sample_only=False, show=False)  # for lesson 3
+    lesson3.start(parser, parser.parse_args(), work)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ which tells whether the network draws or copies. Pictures go to quality/ beside 
 
 import argparse
 import copy
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from judge import ARCHITECTURES, JudgeError, get_judge, look, to_range
+from judge import ARCHITECTURES, get_judge, look, to_range
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,14 +41,10 @@ SWEPT_GUIDANCE = (0, 0.5, 1, 1.5, 2, 3)
 
 
 # %% The samples
-class UnlabelledUNet(lesson4.CondUNet):
-    """CondUNet that is never told a label: what attention alone is worth."""
-
-    def training_label(self, label, generator):
-        return torch.full_like(label, self.n_classes)
-
-
-NETWORKS = {kind.__name__: kind for kind in (lesson3.UNet, lesson3.TimeUNet, UnlabelledUNet, lesson4.CondUNet)}
+# What attention alone is worth says lesson 4's network if it is never told a label.
+NO_LABEL = lesson4.MODEL._replace(name="UnlabelledUNet", told=lambda label, n: (torch.full_like(label, n),))
+UNTIMED, TIMED = lesson3.make_model(lesson3.UntimedUNet), lesson3.make_model(lesson3.TimeUNet)
+MODELS = {model.name: model for model in (UNTIMED, TIMED, NO_LABEL, lesson4.MODEL)}
 
 
 def load_denoiser(path, device):
@@ -55,39 +52,32 @@ def load_denoiser(path, device):
     checkpoint = lesson3.load_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint there")
-    run = checkpoint["run"]
-    if run.network not in NETWORKS or run.preset not in lesson3.PRESETS:
+    model = MODELS.get(checkpoint["run"].network)
+    if model is None:
         raise UserError(f"{path}: not a network of these lessons, or of another version of them")
-    denoiser = lesson3.make_denoiser(run, NETWORKS[run.network], device, checkpoint["average"])
-    print(f"network   {run.title}, after {checkpoint['step']:,} of {run.steps:,} steps")
-    return denoiser.eval().requires_grad_(False), run
+    return lesson3.load_trained(path, model, device)
 
 
 def count_evaluations(method, steps):
-    """The network evaluations of a method that is allowed so many: Heun's takes two a step, but one in the last."""
-    return steps - (method == "heun" and steps % 2 == 0)
+    """How often a sample asks the network: once a step; Heun's method twice, but for the last step. (Guidance asks for
+    two predictions at once wherever it acts, which is twice the work in half of the steps.)"""
+    return 2 * steps - 1 if method == "heun" else steps
 
 
-def draw_samples(denoiser, run, n, steps=18, guidance=None, method="dpm++", batch_size=250):
+def draw_samples(denoiser, run, n, steps=18, guidance=None, method="dpm++"):
     """n images, float32 (n, 1, height, width) in [-1, 1], and the labels (n,) asked for: the classes in turn.
 
-    steps: network evaluations a sample, as `count_evaluations` allows. guidance: None if no label is given; then the
-    second result is None, too.
+    guidance: None if no label is given; then the second result is None, too.
     """
-    counts = torch.arange(n)
-    labels = None if guidance is None else counts % len(run.classes)
-    sigmas = lesson3.noise_levels((steps + 1) // 2 if method == "heun" else steps)
-    images = []
-    for chosen in tqdm(counts.split(batch_size), desc="sampling", leave=False, disable=None):
-        if labels is None:
-            starts, denoise = [(0, 0, i) for i in chosen.tolist()], denoiser
-        else:
-            starts = [(0, i % len(run.classes), i // len(run.classes)) for i in chosen.tolist()]
-            denoise = lesson4.guide(denoiser, labels[chosen].to(denoiser.device), guidance)
-        noise = lesson3.draw_noise(run, denoiser.device, starts)
-        *_, (_, x, _) = lesson3.sample(denoise, noise, sigmas, method)
-        images.append(lesson3.crop(x, run.size).clamp(-1, 1).cpu())
-    return torch.cat(images), labels
+    n_classes = 1 if guidance is None else len(run.classes)
+    starts = [(0, i % n_classes, i // n_classes) for i in range(n)]
+    sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(steps), method=method)
+
+    def make_denoise(label):
+        return denoiser if guidance is None else lesson4.guide(denoiser, label, guidance)
+
+    images, _ = lesson3.sample_images(run, starts, make_denoise, sampler, denoiser.device)
+    return images, None if guidance is None else torch.arange(n) % n_classes
 
 
 class Baselines:
@@ -102,31 +92,36 @@ class Baselines:
         self.labels = torch.from_numpy(train.labels)[self.numbers]
         self.noise = torch.randn(self.images.shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
+    def judge(self, panel):
+        """Yield the name of each, and the panel's verdicts on it."""
+        yield "training images", panel.judge(self.images, self.labels)
+        yield "white noise", panel.judge(self.noise, self.labels)
+
 
 # %% What the judges say
 class Verdict(NamedTuple):
     """What a judge says of a set of images."""
 
-    distances: list[float]  # Fréchet and 1000 × kernel distance, of plain features and then of standardised ones
+    distances: list[float]  # Fréchet distance and 1000 × kernel distance; Fréchet distance of standardised features
     taken_for: torch.Tensor  # the class of each image, (n,)
     right: float | None  # the share that is taken for the class asked for, if one was
 
 
-COLUMNS = f"{'Fréchet':>12}{'kernel':>14}"
-
-
-def show_right(right):
-    return f"{'-' if right is None else f'{right:.1%}':>13}"
-
-
-def print_both(head, rows):
-    """A table with the distances on plain features and the share of right classes of both judges, line by line as they
-    are measured; rows: (beginning, verdicts) of each."""
-    print(" " * len(head) + "".join(f"{f'judge {name!r}':>39}" for name in ARCHITECTURES))
-    print(head + (COLUMNS + f"{'right class':>13}") * len(ARCHITECTURES))
+def print_table(head, rows):
+    """What both judges say, line by line as it is measured; rows: (beginning, verdicts) of each."""
+    print(
+        "\nFréchet distance, kernel distance × 1000, Fréchet distance of standardised features, share of right classes"
+    )
+    print(" " * len(head) + "".join(f"{f'judge {name!r}':>42}" for name in ARCHITECTURES))
+    print(head + f"{'Fréchet':>12}{'kernel':>10}{'standard':>10}{'right':>10}" * len(ARCHITECTURES))
     for beginning, verdicts in rows:
-        cells = ("{:12.3f}{:14.3f}".format(*v.distances[:2]) + show_right(v.right) for v in verdicts.values())
-        print(f"{beginning:{len(head)}}" + "".join(cells), flush=True)
+        print(f"{beginning:{len(head)}}", end="")
+        for distances, _, right in verdicts.values():
+            print(
+                "{:12.3f}{:10.3f}{:10.3f}".format(*distances) + f"{'-' if right is None else f'{right:.1%}':>10}",
+                end="",
+            )
+        print(flush=True)
 
 
 def measure_distances(features, expected):
@@ -138,11 +133,8 @@ def measure_distances(features, expected):
     mean, deviation = expected.mean(axis=0), expected.std(axis=0)
     alive = deviation > 1e-3 * deviation.max()
     standardised = [((x - mean) / np.where(alive, deviation, 1))[:, alive] for x in (features, expected)]
-    return [
-        distance
-        for pair in ((features, expected), standardised)
-        for distance in (reference.frechet_distance(*pair), 1000 * reference.kernel_distance(*pair))
-    ]
+    kernel = 1000 * reference.kernel_distance(features, expected)
+    return [reference.frechet_distance(features, expected), kernel, reference.frechet_distance(*standardised)]
 
 
 class Panel:
@@ -207,60 +199,38 @@ def find_nearest(images, others, but=None, batch_size=250):
     return found, (a - b[found]).square().mean(dim=1).sqrt()
 
 
-def save_nearest(path, sets, others, columns=10):
-    """A picture of the pairs with the smallest distances; sets: a dictionary to (images, numbers, distances)."""
-    rows, names, smallest = [], [], []
-    for name, (images, found, distances) in sets.items():
-        first = distances.argsort()[:columns]
-        rows += [images[first], others[found[first]]]
-        names += [name, "nearest in training"]
-        smallest.append(f"{distances.min():.3f} for {name}")
-    title = f"The nearest to any training image: at a distance of {', '.join(smallest)}"
-    lesson3.save_images(path, title, torch.cat(rows), columns, names)
-
-
-def measure_copies(path, images, baselines, train, test, device):
+def measure_copies(path, images, baselines, train, test, device, columns=10):
     """Print how near samples come to training images, beside how near test images do, and draw the nearest pairs."""
-    training_images = to_range(torch.from_numpy(train.images))
-    sets = {
-        "samples": (images, None),
-        "test images": (to_range(torch.from_numpy(test.images)), None),
-        "training images": (baselines.images, baselines.numbers),
-        "white noise": (baselines.noise, None),
-    }
+    training_images, test_images = (to_range(torch.from_numpy(part.images)) for part in (train, test))
+    sets = {"samples": images, "test images": test_images}
+    sets |= {"training images": baselines.images, "white noise": baselines.noise}
     nearest = {}
-    for name, (x, but) in sets.items():
-        found = find_nearest(x.to(device), training_images.to(device), but)
-        nearest[name] = x, *(part.cpu() for part in found)
-    limit = nearest["test images"][2].quantile(0.01)
+    for name, x in sets.items():
+        but = baselines.numbers if name == "training images" else None
+        nearest[name] = [part.cpu() for part in find_nearest(x.to(device), training_images.to(device), but)]
+    limit = nearest["test images"][1].quantile(0.01)
     print("\ndistance to the nearest training image (of a training image: to the nearest other one; of a copy: 0)")
     print(f"{'':26}{'median':>10}{'10 %':>10}{'1 %':>10}{'smallest':>10}{f'below {limit:.3f}':>14}")
-    for name, (_, _, distances) in nearest.items():
+    for name, (_, distances) in nearest.items():
         quantiles = "".join(f"{distances.quantile(q):10.3f}" for q in (0.5, 0.1, 0.01, 0))
         print(f"{name:26}{quantiles}{(distances < limit).float().mean():14.1%}")
-    save_nearest(path, {name: nearest[name] for name in ("samples", "test images")}, training_images)
+    rows, smallest = {}, []
+    for name in ("samples", "test images"):
+        found, distances = nearest[name]
+        first = distances.argsort()[:columns]
+        rows |= {name: sets[name][first], f"nearest to {name}": training_images[found[first]]}
+        smallest.append(f"{distances.min():.3f} for {name}")
+    title = f"The nearest to any training image: at a distance of {', '.join(smallest)}"
+    lesson1.save_picture(lesson1.plot_grid(title, torch.cat(list(rows.values())), columns, rows), path)
 
 
 # %% The measurement of one checkpoint
 def measure(options, denoiser, run, train, test, panel):
     """All figures of one checkpoint, with the settings of the command line."""
-    told = "" if options.guidance is None else f", guidance {options.guidance:g}"
-    print(f"samples   {options.n:,} with {options.method}, {options.steps} evaluations each{told}")
     images, labels = draw_samples(denoiser, run, options.n, options.steps, options.guidance, options.method)
     baselines = Baselines(train, options.n)
-    sets = {
-        "samples": panel.judge(images, labels),
-        "training images": panel.judge(baselines.images, baselines.labels),
-        "white noise": panel.judge(baselines.noise, labels),
-    }
-    print(f"\ndistances of {len(images):,} each to the {len(test.images):,} test images (kernel: times 1000)")
-    for judge in panel.judges:
-        print(f"{f'judge {judge!r}':26}{'plain features':>26}{'standardised features':>26}")
-        print(" " * 26 + COLUMNS * 2 + ("" if labels is None else f"{'right class':>13}"))
-        for name, verdicts in sets.items():
-            distances, _, right = verdicts[judge]
-            cells = "{:12,.3f}{:14,.3f}{:12,.3f}{:14,.3f}".format(*distances)
-            print(f"{name:26}{cells}{'' if labels is None else show_right(right)}")
+    sets = {"samples": panel.judge(images, labels), **dict(baselines.judge(panel))}
+    print_table(" " * 26, sets.items())
     if labels is not None:
         tables, n_classes = {}, len(run.classes)  # the judges have seen the training images, so test images, too
         for judge in panel.judges:
@@ -281,8 +251,7 @@ def measure(options, denoiser, run, train, test, panel):
 def sweep(options, denoiser, run, train, panel):
     """Distances against steps, and against guidance where there is a label; the other is the command line's."""
     floor = panel.judge(Baselines(train, options.n).images)
-    counts = sorted({count_evaluations(options.method, steps) for steps in SWEPT_STEPS})
-    swept = {"network evaluations a sample": [(steps, options.guidance) for steps in sorted({*counts, options.steps})]}
+    swept = {"steps": [(steps, options.guidance) for steps in sorted({*SWEPT_STEPS, options.steps})]}
     if options.guidance is not None:
         swept["guidance"] = [(options.steps, guidance) for guidance in sorted({*SWEPT_GUIDANCE, options.guidance})]
     found = {}  # (steps, guidance): the verdicts
@@ -291,18 +260,19 @@ def sweep(options, denoiser, run, train, panel):
         for steps, guidance in dict.fromkeys(setting for settings in swept.values() for setting in settings):
             drawn = draw_samples(denoiser, run, options.n, steps, guidance, options.method)
             found[steps, guidance] = panel.judge(*drawn)
-            yield f"{steps:11}{'-' if guidance is None else f'{guidance:g}':>10}", found[steps, guidance]
+            told = "-" if guidance is None else f"{guidance:g}"
+            yield f"{steps:5}{count_evaluations(options.method, steps):13}{told:>10}", found[steps, guidance]
         yield "training images", floor
 
-    print(f"\n{options.method}, {options.n:,} samples each; distances on plain features (kernel: times 1000)")
-    print_both("evaluations  guidance", measure_settings())
+    print_table("steps  evaluations  guidance", measure_settings())
     figure, axes = plt.subplots(1, len(swept), figsize=(8, 4.2), squeeze=False, sharey=True)
+    ticks = SWEPT_STEPS, SWEPT_GUIDANCE
     for place, (axis, (xlabel, settings)) in enumerate(zip(axes[0], swept.items(), strict=True)):
         x = [setting[place] for setting in settings]
         lines = {name: [found[setting][name].distances[0] for setting in settings] for name in panel.judges}
-        lesson3.plot_lines(axis, x, lines, xlabel=xlabel, xticks=(counts, SWEPT_GUIDANCE)[place])
-        for name, style in zip(panel.judges, "-:", strict=False):
-            axis.axhline(floor[name].distances[0], linestyle=style, color="0.7", zorder=0)
+        lesson1.plot_lines(axis, x, lines, xlabel=xlabel, xticks=ticks[place])
+        for name, line in zip(panel.judges, axis.get_lines(), strict=True):
+            axis.axhline(floor[name].distances[0], linestyle=line.get_linestyle(), color="0.7", zorder=0)
     highest = max(verdict.distances[0] for verdicts in found.values() for verdict in verdicts.values())
     axes[0, 0].set_ylim(0, 1.05 * highest)  # of both pictures
     axes[0, 0].set_ylabel("Fréchet distance to the test images\n(grey: of as many training images)")
@@ -318,57 +288,48 @@ def climb(options, train, panel):
     fast the machine is. What a network takes longer for them stands in the table.
     """
     networks = {}
-    for name, network_class in NETWORKS.items():
+    for name, model in MODELS.items():
         print()
-        settings = argparse.Namespace(**vars(options))
-        settings.out = options.out / name
-        settings.out.mkdir(exist_ok=True)
-        networks[name] = lesson3.get_denoiser(settings, network_class)
+        path = options.out / name / "checkpoint.pt"
+        path.parent.mkdir(exist_ok=True)
+        networks[name], run = lesson3.get_denoiser(options, model, path)
     rungs = {
-        "without time": ("UNet", None),
+        "without time": ("UntimedUNet", None),
         "with time": ("TimeUNet", None),
         "with attention": ("UnlabelledUNet", None),
         "with the label": ("CondUNet", 0.0),
         f"with guidance {options.guidance:g}": ("CondUNet", options.guidance),
     }
-    _, run = networks["CondUNet"]
-    milliseconds = measure_milliseconds({name: denoiser for name, (denoiser, _) in networks.items()}, run)
-    shown, found = [], {}
+    milliseconds, shown, found = measure_milliseconds(networks, run), [], {}
 
     def measure_rungs():
         for rung, (name, guidance) in rungs.items():
-            denoiser, run = networks[name]
-            images, labels = draw_samples(denoiser, run, options.n, options.steps, guidance, options.method)
+            images, labels = draw_samples(networks[name], run, options.n, options.steps, guidance, options.method)
             shown.append(images[:10])
             found[rung] = panel.judge(images, labels)
-            parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+            parameters = sum(parameter.numel() for parameter in networks[name].parameters())
             yield f"{rung:18}{parameters:12,}{milliseconds[name]:8.2f}", found[rung]
-        baselines = Baselines(train, options.n)
-        yield "training images", panel.judge(baselines.images, baselines.labels)
-        yield "white noise", panel.judge(baselines.noise, baselines.labels)
+        yield from Baselines(train, options.n).judge(panel)
 
     title = f"{run.data}, preset {run.preset}, {run.steps:,} steps of training each; {options.n:,} samples"
-    print(f"\n{title}, {options.method}, {options.steps} evaluations a sample")
-    print("ms: training on one image, without the optimiser; distances on plain features (kernel: times 1000)")
-    print_both(f"{'':18}{'parameters':>12}{'ms':>8}", measure_rungs())
+    print(f"\n{title}\nms: training on one image, without the optimiser")
+    print_table(f"{'':18}{'parameters':>12}{'ms':>8}", measure_rungs())
     save_ladder(options.out / "ladder.png", title, shown, found)
 
 
 def measure_milliseconds(denoisers, run):
     """What a forward and backward pass takes for one image of a batch; denoisers: a dictionary. Returns another."""
-    device = next(iter(denoisers.values())).device
-    x = lesson3.draw_noise(run, device, [(0, 0, index) for index in range(run.batch_size)])
-    sigma = torch.ones(len(x), device=device)
+    x = lesson3.pad(torch.randn(run.batch_size, 1, *run.size), lesson3.PRESETS[run.preset])
     trained = [copy.deepcopy(denoiser).requires_grad_() for denoiser in denoisers.values()]
-    layers = [lambda x, denoiser=denoiser: denoiser(x, sigma) for denoiser in trained]
-    seconds = lesson2.measure_seconds(layers, x, enough=5)
+    layers = [functools.partial(denoiser, sigma=torch.ones(len(x))) for denoiser in trained]
+    seconds = lesson2.measure_seconds(layers, x.to(trained[0].device), enough=5)
     return {name: 1000 * value / len(x) for name, value in zip(denoisers, seconds, strict=True)}
 
 
 def save_ladder(path, title, shown, found):
     """A row of samples for each rung, and its distances beside them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(2, 1))
-    lesson3.plot_images(left, torch.cat(shown), 10, list(found))
+    lesson1.plot_images(left, torch.cat(shown), 10, found)
     for place, judge in enumerate(ARCHITECTURES):
         values = [verdicts[judge].distances[0] for verdicts in found.values()]
         y = np.arange(len(values)) + 0.36 * (place - 0.5)
@@ -382,37 +343,31 @@ def save_ladder(path, title, shown, found):
 
 
 # %% The command
-class Parser(argparse.ArgumentParser):
-    error = lesson1.Parser.error
-
-
 def make_parser():
-    count = lesson3.number(int, 1, "a whole number from 1 up")
-    n = lesson3.number(int, 20, "a whole number from 20 up")
-    guidance = lesson3.number(float, -100, "a number from -100 up")
-    epochs = lesson3.number(float, 1e-9, "a number above 0")
-    parser = Parser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    add, count = parser.add_argument, lesson3.number(int, 1, 10**6)
+    n = "samples ({measure:,}; sweep {sweep:,}; ladder {ladder:,})".format(**SAMPLES)
     add("checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="checkpoint.pt of a run of 03 or 04")
-    add("--n", metavar="N", type=n, help="samples ({measure:,}; sweep {sweep:,}; ladder {ladder:,})".format(**SAMPLES))
+    add("--n", metavar="N", type=lesson3.number(int, 20, 60_000), help=n)
     add("--method", choices=("ddim", "dpm++", "heun"), default="dpm++", help="the sampler (%(default)s)")
-    add("--steps", metavar="S", type=count, default=18, help="network evaluations for a sample (%(default)s; heun 17)")
-    add("--guidance", metavar="W", type=guidance, help="where there is a label (as in 04)")
+    add("--steps", metavar="S", type=count, default=18, help="to a sample (%(default)s); heun: two evaluations each")
+    add("--guidance", metavar="W", type=lesson3.number(float, -1, 100), help="where there is a label (as in 04)")
     add("--sweep", action="store_true", help="the distance against steps, and against guidance")
     add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
-    add("--out", metavar="DIR", type=Path, help="folder for pictures (quality/ beside the checkpoint, or runs/ladder)")
-    ladder = parser.add_argument_group("the ladder")
-    ladder.add_argument("--ladder", action="store_true", help="train and measure the networks of lessons 3 and 4")
-    ladder.add_argument("--epochs", metavar="E", type=epochs, help=f"for each network ({LADDER_EPOCHS})")
-    ladder.add_argument("--preset", choices=lesson3.PRESETS, help="(small)")
-    ladder.add_argument("--restart", action="store_true", help="train anew, whatever checkpoints are there")
-    parser.set_defaults(data="fashion-mnist", batch_size=None, seed=0, sample_only=False)  # for get_denoiser
+    out = "folder for pictures (quality/ beside the checkpoint, or runs/ladder)"
+    add("--out", metavar="DIR", type=lesson1.folder, help=out)
+    ladder = parser.add_argument_group("the ladder").add_argument
+    ladder("--ladder", action="store_true", help="train and measure the networks of lessons 3 and 4")
+    ladder("--epochs", metavar="E", type=lesson3.number(float, 1e-9, 1e5), help=f"for each network ({LADDER_EPOCHS})")
+    ladder("--preset", choices=lesson3.PRESETS, help="(small)")
+    ladder("--restart", action="store_true", help="train anew, whatever checkpoints are there")
+    parser.set_defaults(data="fashion-mnist", batch_size=None, seed=0, sample_only=False, show=False)  # for lesson 3
     return parser
 
 
-def start(options):
-    """Do what the command line asks for. Raises UserError, DataError or JudgeError."""
+def work(options):
+    """Do what the command line asks for. Raises UserError, DataError or OSError."""
     if options.ladder == bool(options.checkpoint):
         raise UserError("either a CHECKPOINT, or --ladder, which trains its own")
     if options.ladder and options.sweep:
@@ -420,34 +375,34 @@ def start(options):
     if not options.ladder and (options.epochs or options.preset or options.restart):
         raise UserError("--epochs, --preset and --restart are the ladder's: a CHECKPOINT is measured as it is")
     options.epochs, options.preset = options.epochs or LADDER_EPOCHS, options.preset or "small"
-    options.device = lesson3.choose_device(options.device)
-    options.steps = count_evaluations(options.method, options.steps)
     options.n = options.n or SAMPLES["ladder" if options.ladder else "sweep" if options.sweep else "measure"]
+    device, epochs, sources = lesson3.choose_device(options.device), options.epochs, {}
     if options.checkpoint:
-        denoiser, run = load_denoiser(options.checkpoint, options.device)
+        denoiser, run = load_denoiser(options.checkpoint, device)
+        epochs, sources[options.checkpoint] = run.epochs, (run.classes, run.data)
         if options.guidance is not None and run.network != "CondUNet":
             raise UserError(f"--guidance: {run.network} in {options.checkpoint} has no label to be guided by")
     if options.guidance is None and (options.ladder or run.network == "CondUNet"):
-        options.guidance = lesson4.choose_guidance(options.epochs if options.ladder else run.epochs)
-    train, test = (data.load("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
-    sources = {"training images": train[2:], "test images": test[2:]}  # classes, name
-    if options.checkpoint:
-        sources[options.checkpoint] = run.classes, run.data
-    for place, source in sources.items():
-        if source != (data.fashion_mnist.CLASSES, "Fashion-MNIST"):
-            raise UserError(f"{place}: the judges know Fashion-MNIST's own files alone, and not {source[1]!r}")
-    if options.n > len(train.labels):
-        raise UserError(f"--n {options.n}: at most {len(train.labels)}, for as many training images stand beside them")
-    options.out = options.out or (ROOT / "runs" / "ladder" if options.ladder else options.checkpoint.parent / "quality")
+        options.guidance = lesson4.choose_guidance(epochs)
+    train, test = (lesson3.load_once(split=split, **lesson3.DATA) for split in data.SPLITS)
+    sources |= {"training images": train[2:], "test images": test[2:]}
+    for place, (classes, name) in sources.items():
+        if (classes, name) != (data.fashion_mnist.CLASSES, "Fashion-MNIST"):
+            raise UserError(f"{place}: the judges know Fashion-MNIST's own files alone, and not {name!r}")
+    out = options.out or (ROOT / "runs" / "ladder" if options.ladder else options.checkpoint.parent / "quality")
     try:
-        lesson1.make_folder(options.out)
-    except OSError as error:
-        raise UserError(f"--out must be a folder that can be written to ({error})") from error
-    panel = Panel(train, test, options.device)
+        options.out = lesson1.folder(out)
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--out {error}") from error
+    panel = Panel(train, test, device)
+    evaluations = count_evaluations(options.method, options.steps)
+    told = "" if options.guidance is None else f", guidance {options.guidance:g}"
+    print(
+        f"samples   {options.n:,} with {options.method}, {options.steps} steps ({evaluations} evaluations each){told}"
+    )
     if options.ladder:
         climb(options, train, panel)
-        return
-    if options.sweep:
+    elif options.sweep:
         sweep(options, denoiser, run, train, panel)
     else:
         measure(options, denoiser, run, train, test, panel)
@@ -455,12 +410,7 @@ def start(options):
 
 def main():
     parser = make_parser()
-    try:
-        start(parser.parse_args())
-    except (UserError, data.DataError, JudgeError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
+    lesson3.start(parser, parser.parse_args(), work)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What measure_speed counts and computes. No test here looks at how long something takes."""
 
-import json
+import itertools
 
 import measure_speed
 import pytest
@@ -19,44 +19,38 @@ def tiny(lesson3, monkeypatch):
 
 
 class FakeClock:
-    """It goes on only when it is told to."""
+    """It goes on only when a function works: work(1, 2) is one whose calls take 1, 2, 1, 2, ... seconds."""
 
-    def __init__(self):
-        self.now = 0.0
+    now = 0.0
 
     def __call__(self):
         return self.now
 
     def work(self, *seconds):
-        """A function whose calls take so many seconds, one after the other and then from the beginning."""
-        left = []
-
-        def run():
-            left.extend([] if left else seconds)
-            self.now += left.pop(0)
-
-        return run
+        left = itertools.cycle(seconds)
+        return lambda *_: setattr(self, "now", self.now + next(left))
 
 
-def test_a_round_runs_each_once():
-    clock, order = FakeClock(), []
-    works = {"a": clock.work(1, 3, 2), "b": clock.work(4)}
-    runs = {name: lambda name=name: (order.append(name), works[name]()) for name in works}
-    assert measure_speed.interleave(runs, rounds=3, clock=clock) == {"a": [1, 3, 2], "b": [4, 4, 4]}
-    assert order == ["a", "b"] * 3
-
-
-@pytest.mark.parametrize(("seconds", "rounds"), [(0, 2), (10, 2), (11, 3), (25, 5)])
-def test_rounds_go_on_until_the_time_is_up(seconds, rounds):
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, 2), (18, 2), (19, 3), (30, 4)])
+def test_a_round_runs_each_once_and_rounds_go_on_until_the_time_is_up(seconds, rounds):
     clock = FakeClock()
-    taken = measure_speed.interleave({"a": clock.work(5)}, rounds=2, seconds=seconds, clock=clock)
-    assert taken == {"a": [5] * rounds}
+    runs = {"a": clock.work(1, 3, 2), "b": clock.work(7)}
+    taken = measure_speed.interleave(runs, rounds=2, seconds=seconds, clock=clock)
+    assert taken == {"a": [1, 3, 2, 1][:rounds], "b": [7] * rounds}
 
 
 def test_ratios_are_those_of_the_same_round():
     """A machine that slows down for a round slows down both."""
-    ratio = measure_speed.compare([10, 1, 30], [5, 0.5, 10])
-    assert ratio == {"median": 2, "min": 2, "max": 3}
+    assert measure_speed.compare([10, 1, 30], [5, 0.5, 10]) == (2, 2, 3)
+
+
+def test_the_share_of_the_optimisers():
+    clock = FakeClock()
+    other = clock.work(5)
+    optimizer = type("Slow", (torch.optim.SGD,), {"step": clock.work(1, 2)})([nn.Parameter(torch.zeros(1))])
+    share = measure_speed.optimizer_share(lambda: (other(), optimizer.step(), optimizer.step(), other()), CPU, clock)
+    assert share == pytest.approx(3 / 13)
+    assert measure_speed.optimizer_share(other, CPU, clock) == 0
 
 
 def test_a_convolution_is_counted():
@@ -64,19 +58,17 @@ def test_a_convolution_is_counted():
     assert measure_speed.count_operations(lambda: conv(torch.randn(2, 3, 8, 8))) == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
 
 
-def count_forward_and_backward(layer):
-    x = torch.randn(2, 16, 4, 4, requires_grad=True)
-    forward = measure_speed.count_operations(lambda: layer(x))
-    return forward, measure_speed.count_operations(lambda: layer(x).sum().backward()) - forward
-
-
 def test_fused_attention_counts_as_attention_by_hand():
     """And, backwards, for one product more: the scores, which it has not kept."""
-    fused = measure_speed.lesson2.MultiHeadSelfAttention(16, heads=2)
-    by_hand = measure_speed.lesson2.ExplicitSelfAttention(16, heads=2)
-    forward, backward = count_forward_and_backward(fused)
-    forward_by_hand, backward_by_hand = count_forward_and_backward(by_hand)
+    counts = []
+    for attend in (measure_speed.lesson2.fused_attention, measure_speed.lesson2.attention):
+        layer, x = measure_speed.lesson2.MultiHeadSelfAttention(16, heads=2), torch.randn(2, 16, 4, 4)
+        layer.attention.attend = attend
+        y = []
+        forward = measure_speed.count_operations(lambda: y.append(layer(x.requires_grad_())))  # noqa: B023
+        counts.append((forward, measure_speed.count_operations(lambda: y[0].sum().backward())))  # noqa: B023
     scores = 2 * 2 * 2 * 16**2 * 8  # multiply and add; images; heads; pixels asking and asked; channels of a head
+    (forward, backward), (forward_by_hand, backward_by_hand) = counts
     assert forward == forward_by_hand == 2 * (2 * 16 * 16 * (3 * 16 + 16)) + 2 * scores
     assert backward == backward_by_hand + scores
 
@@ -93,63 +85,72 @@ def test_memory_is_what_is_held_at_a_time():
     assert most == 4 * 6000
 
 
-@pytest.mark.parametrize("network_class", [measure_speed.TimeUNet, measure_speed.CondUNet])
-def test_competitors_have_the_same_structure(network_class, tiny, lesson3):
-    """As many parameters and operations; and in attention by hand there is no fused attention left."""
-    counts = {}
+@pytest.mark.parametrize("model", [measure_speed.TIMED, measure_speed.CONDITIONAL], ids=lambda model: model.name)
+def test_competitors_have_the_same_structure(model, tiny, monkeypatch):
+    """As many parameters and operations; and only in attention by hand is there attention by hand."""
+    by_hand, attention, counts = [], measure_speed.lesson2.attention, set()
+    monkeypatch.setattr(measure_speed.lesson2, "attention", lambda *qkv: by_hand.append(kind) or attention(*qkv))
     for kind in ("ours", "by hand", "diffusers"):
-        competitor = measure_speed.Competitor(kind, network_class, tiny)
-        denoiser = competitor.make_denoiser(CPU)
-        x, sigma = torch.randn(2, 1, 28, 28), torch.ones(2)
-        label = torch.tensor([0, 10])
-        operations = measure_speed.count_operations(lambda: denoiser(x, sigma, label))  # noqa: B023
-        counts[kind] = sum(parameter.numel() for parameter in denoiser.parameters()), operations
-    assert counts["ours"] == counts["by hand"] == counts["diffusers"]
+        denoiser = measure_speed.Competitor(kind, model, tiny).make_denoiser(CPU)
+        x = torch.randn(2, 1, 28, 28), torch.ones(2), *model.told(torch.tensor([0, 9]), 10)
+        operations = measure_speed.count_operations(lambda: denoiser(*x))  # noqa: B023
+        counts.add((sum(parameter.numel() for parameter in denoiser.parameters()), operations))
+    assert len(counts) == 1
+    assert set(by_hand) == ({"by hand"} if model is measure_speed.CONDITIONAL else set())
 
 
-def test_two_evaluations_have_guidance_where_half_of_18_have(lesson3, lesson4):
-    for evaluations in (2, 18):
-        guided = [sigma <= lesson4.GUIDED_BELOW for sigma in lesson3.noise_levels(evaluations)[:-1]]
-        assert 2 * sum(guided) == evaluations
+def test_training_and_sampling_are_measured(tiny, monkeypatch):
+    monkeypatch.setattr(measure_speed, "track_memory", lambda work, device: (work(), 7))  # whose profiler takes seconds
+    training = list(measure_speed.training_tasks(measure_speed.CONDITIONAL, tiny, [None], steps=1))
+    sampling = measure_speed.sampling_task(training[-1].competitor, 18, 0.5, measured=2)
+    rows = measure_speed.measure([*training, sampling], CPU, 2, {None: 1e12}, rounds=1, seconds=0)
+    theirs, _, ours, muon, drawn = rows
+    assert [row["name"].split(",")[0] for row in rows] == ["diffusers", "by hand", "ours", "ours", "ours"]
+    assert theirs["times_first"] == (1, 1, 1)
+    assert ours["times_first"] == ours["times_peer"]
+    assert theirs["operations"] == ours["operations"] == muon["operations"]  # the optimiser's are no image's
+    assert all(row["rate"] > 0 and row["memory"] == 7 and row["of_peak"] > 0 for row in rows)
+    assert muon["optimizer"] > 0 == drawn["optimizer"]
 
 
-def test_json_is_all_there_is_on_stdout(tiny, monkeypatch, capsys):
-    def make_tables(device, precisions, batch_size):
-        training = list(measure_speed.training_tasks(measure_speed.CondUNet, tiny, [None], steps=1))
-        yield measure_speed.Table("training", training, batch_size, 0)
-        ours = measure_speed.Competitor("ours", measure_speed.CondUNet, tiny)
-        yield measure_speed.Table("sampling", [measure_speed.sampling_task(ours, 18, 0.5, measured=2)], 3, 0)
-
-    monkeypatch.setattr(measure_speed, "make_tables", make_tables)
-    measure_speed.main(["--json", "--device", "cpu", "--rounds", "2", "--batch-size", "4"])
-    found = json.loads(capsys.readouterr().out)
-    assert "torch" in found["machine"]
-    names = [row["name"] for row in found["tables"]["training"]]
-    assert names == ["diffusers, float32", "by hand, float32", "ours, float32", "ours, float32, Muon"]
-    for row in found["tables"]["training"] + found["tables"]["sampling"]:
-        assert row["rounds"] == 2
-        assert row["images_per_second"]["median"] > 0
-        assert row["memory_bytes"] > 0
-        assert row["share_of_peak"] > 0
-    theirs, _, ours, muon = found["tables"]["training"]
-    assert theirs["times_first"] == {"median": 1, "min": 1, "max": 1}
-    assert theirs["operations_per_image"] == ours["operations_per_image"]
-    assert ours["times_first"] == ours["times_diffusers"]
-    assert muon["operations_per_image"] == ours["operations_per_image"]  # the optimiser's are no image's
+@pytest.mark.parametrize("model", [measure_speed.TIMED, measure_speed.CONDITIONAL], ids=lambda model: model.name)
+def test_training_tells_of_labels_what_the_lesson_does(model, tiny, monkeypatch):
+    """Of ten labels one is dropped there, and a network without labels is told none."""
+    told, denoising_loss = [], measure_speed.lesson3.denoising_loss
+    loss = lambda *parts: told.append(parts[4:]) or denoising_loss(*parts)  # noqa: E731
+    monkeypatch.setattr(measure_speed.lesson3, "denoising_loss", loss)
+    measure_speed.start_training(measure_speed.Competitor("ours", model, tiny), CPU, 64)()
+    (labels,) = told
+    assert [10 in label for label in labels] == [True] * (model is measure_speed.CONDITIONAL)
 
 
-def test_growth(tiny, monkeypatch, capsys):
-    nets = [(tiny, measure_speed.PRESETS[tiny], size) for size in (28, 56)]
-    monkeypatch.setattr(measure_speed, "growth_nets", lambda: nets)
-    measure_speed.main(["--growth", "--json", "--device", "cpu"])
-    (rows,) = json.loads(capsys.readouterr().out)["tables"].values()
-    small, large = rows
-    assert small["parameters"] == large["parameters"]
-    assert 4 < large["multiply_adds"] / small["multiply_adds"] < 16  # attention grows with the square of the pixels
-    assert large["kept_bytes"] / small["kept_bytes"] == pytest.approx(4, rel=0.1)
+def test_two_steps_have_guidance_where_half_of_18_have(lesson3, lesson4):
+    for steps in (2, 18):
+        guided = [sigma <= lesson4.GUIDED_BELOW for sigma in lesson3.noise_levels(steps)[:-1]]
+        assert 2 * sum(guided) == steps
 
 
-def test_every_network_of_the_growth_table_can_be_made():
+def test_the_tables(monkeypatch, capsys):
+    """All that is to be measured, and how it is printed."""
+    row = {"rate": 1.5, "memory": 2e6, "operations": 3e9, "of_peak": 0.4, "optimizer": 0.05}
+    row |= {"times_first": (1, 1, 1), "times_peer": None}
+    monkeypatch.setattr(measure_speed, "measure", lambda tasks, *_: [row | {"name": task.name} for task in tasks])
+    monkeypatch.setattr(measure_speed, "measure_machine", lambda *_: 1e9)
+    monkeypatch.setattr(measure_speed.lesson3, "choose_precision", lambda device: torch.bfloat16)
+    measure_speed.main(["--device", "cpu"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "(1.00 to 1.00)" in line]
+    assert len(lines) == 5 + 6 + 6 + 11
+    assert all(line[-4:] == ["2", "3.00", "40%", "5.0%"] for line in lines)
+
+
+def test_growth(tiny, capsys, lesson4):
+    cost = [measure_speed.measure_cost(tiny, measure_speed.PRESETS[tiny], size, CPU, None) for size in (28, 56)]
+    parameters, operations, kept, *_ = ([row[i] for row in cost] for i in range(5))
+    assert parameters[0] == parameters[1]
+    assert 4 < operations[1] / operations[0] < 16  # attention grows with the square of the pixels
+    assert kept[1] / kept[0] == pytest.approx(4, rel=0.1)
     for name, preset, _ in measure_speed.growth_nets():
-        network = measure_speed.CondUNet.from_preset(preset, 10)
-        assert network.attends == {*preset.attention_levels, "middle"}, name
+        with torch.device("meta"):
+            network = lesson4.build(preset, 10)
+        layers = [layer for layer in network.modules() if isinstance(layer, measure_speed.lesson2.TokenSelfAttention)]
+        assert len(layers) == 1 + (2 * preset.depth + 1) * len(preset.attention_levels), name
