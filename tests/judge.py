@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 lesson3 = importlib.import_module("03_unet_uncond")
 
+FEATURES = 256  # what both architectures end with
 KEPT = ROOT / "runs" / "judge"
 
 
@@ -67,7 +68,7 @@ class Judge(nn.Module):
     def __init__(self, name, n_classes=10):
         super().__init__()
         self.blocks = ARCHITECTURES[name]()
-        self.classify = nn.Linear(256, n_classes)
+        self.classify = nn.Linear(FEATURES, n_classes)
 
     def features(self, x):
         """x: float32 (n, 1, 28, 28) in [-1, 1]. Returns (n, 256)."""

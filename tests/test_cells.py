@@ -41,7 +41,7 @@ def run_cells(script):
 
 
 def test_every_cell_runs_in_order_and_shows_its_picture(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment.pop("FASHION_MNIST_DIR", None)
     processes = [
         subprocess.Popen(

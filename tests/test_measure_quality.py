@@ -219,9 +219,10 @@ def command(sets, lesson3, monkeypatch, tmp_path, capsys):
     """command(arguments): run it with the little data sets and small judges, and return what it prints."""
 
     def little_judge():
-        return torch.nn.Sequential(torch.nn.Conv2d(1, 256, 3, stride=5), torch.nn.Tanh())
+        return torch.nn.Sequential(torch.nn.Conv2d(1, 16, 3, stride=5), torch.nn.Tanh())
 
     monkeypatch.setattr(judge, "KEPT", tmp_path / "judge")
+    monkeypatch.setattr(judge, "FEATURES", 16)
     monkeypatch.setattr(judge, "ARCHITECTURES", {"residual": little_judge, "plain": little_judge})
     monkeypatch.setattr(judge, "train", lambda *arguments, **options: None)
     monkeypatch.setattr(lesson3, "load_once", lambda name, split, data_dir: sets[split])
