@@ -26,7 +26,7 @@ def residual_block(x, embedding, parameters, groups):
     h = convolution(silu(h), p["conv1.conv.weight"], p["conv1.conv.bias"], padding=1)  # (n, out, h, w)
     h = group_norm(h, groups, p["conv2.norm.weight"], p["conv2.norm.bias"])
     if embedding is not None:
-        scale_shift = linear(silu(embedding), p["scale_shift.weight"], p["scale_shift.bias"])  # (n, 2 out)
+        scale_shift = linear(silu(embedding), p["conv2.scale_shift.weight"], p["conv2.scale_shift.bias"])  # (n, 2 out)
         scale, shift = np.split(scale_shift, 2, axis=1)  # (n, out) each
         h = (1 + scale[:, :, None, None]) * h + shift[:, :, None, None]
     h = convolution(silu(h), p["conv2.conv.weight"], p["conv2.conv.bias"], padding=1)
@@ -38,7 +38,7 @@ def residual_block(x, embedding, parameters, groups):
 def block(x, embedding, parameters, groups, head_dim):
     """(n, c, h, w) -> (n, out, h, w): a residual block and, where there are parameters for it, self-attention."""
     x = residual_block(x, embedding, parameters, groups)
-    if "attention.qkv.weight" in parameters:
+    if "attention.attention.qkv.weight" in parameters:
         heads = x.shape[1] // head_dim
         x = multi_head_self_attention(x, part(parameters, "attention."), heads, groups)
     return x
@@ -70,26 +70,33 @@ def cond_unet(x, time, label, parameters, groups, head_dim=None):
 
     h = convolution(x, p["conv_in.weight"], p["conv_in.bias"], padding=1)
     skips = [h]
-    i = 0
-    while layer := part(p, f"down.{i}."):
-        if "weight" in layer:  # a convolution between two levels: half the height and width
-            h = convolution(h, layer["weight"], layer["bias"], stride=2, padding=1)
-        else:
+    level = 0
+    while part(p, f"down.{level}."):
+        if level > 0:  # half the height and width
+            between = part(p, f"downsample.{level - 1}.")
+            h = convolution(h, between["weight"], between["bias"], stride=2, padding=1)
+            skips.append(h)
+        i = 0
+        while layer := part(p, f"down.{level}.{i}."):
             h = block(h, embedding, layer, groups, head_dim)
-        skips.append(h)
-        i += 1
+            skips.append(h)
+            i += 1
+        level += 1
 
     h = block(h, embedding, part(p, "middle.0."), groups, head_dim)
     h = block(h, embedding, part(p, "middle.1."), groups, head_dim)
 
-    i = 0
-    while layer := part(p, f"up.{i}."):
-        if "1.weight" in layer:  # between two levels: twice the height and width
-            h = convolution(upsample(h), layer["1.weight"], layer["1.bias"], padding=1)
-        else:
+    level = 0
+    while part(p, f"up.{level}."):  # the lowest level first
+        if level > 0:  # twice the height and width
+            between = part(p, f"upsample.{level - 1}.1.")
+            h = convolution(upsample(h), between["weight"], between["bias"], padding=1)
+        i = 0
+        while layer := part(p, f"up.{level}.{i}."):
             h = np.concatenate([h, skips.pop()], axis=1)  # the channels of both
             h = block(h, embedding, layer, groups, head_dim)
-        i += 1
+            i += 1
+        level += 1
 
     h = group_norm(h, groups, p["conv_out.norm.weight"], p["conv_out.norm.bias"])
     return convolution(silu(h), p["conv_out.conv.weight"], p["conv_out.conv.bias"], padding=1)

@@ -32,36 +32,36 @@ AROUND = {
 IN_BLOCK = {
     "conv1.norm": "resnets.{}.norm1",
     "conv1.conv": "resnets.{}.conv1",
-    "scale_shift": "resnets.{}.time_emb_proj",
     "conv2.norm": "resnets.{}.norm2",
+    "conv2.scale_shift": "resnets.{}.time_emb_proj",
     "conv2.conv": "resnets.{}.conv2",
     "shortcut": "resnets.{}.conv_shortcut",
     "attention.norm": "attentions.{}.group_norm",
-    "attention.qkv": "attentions.{}.qkv",
-    "attention.proj": "attentions.{}.to_out.0",
+    "attention.attention.qkv": "attentions.{}.qkv",
+    "attention.attention.proj": "attentions.{}.to_out.0",
 }
 
 
-def rename(layer, depth):
-    """Diffusers' name of our layer in a U-Net of that depth. Raises KeyError for a layer that it doesn't have."""
-    if layer in AROUND:
-        return AROUND[layer]
-    path, _, rest = layer.partition(".")
-    place, _, rest = rest.partition(".")
-    if path == "middle":
-        return "mid_block." + IN_BLOCK[rest].format(place)
-    # we count the layers of the whole path; diffusers counts levels, and blocks in each
-    blocks, between = {"down": (depth, "downsamplers.0.conv"), "up": (depth + 1, "upsamplers.0.conv")}[path]
-    level, block = divmod(int(place), blocks + 1)
-    return f"{path}_blocks.{level}." + (between if block == blocks else IN_BLOCK[rest].format(block))
+def rename(layer):
+    """Diffusers' name of our layer. Raises KeyError for a layer that it doesn't have."""
+    match layer.split(".", 3):
+        case ["down" | "up" as path, level, block, rest]:
+            return f"{path}_blocks.{level}." + IN_BLOCK[rest].format(block)
+        case ["downsample", level]:
+            return f"down_blocks.{level}.downsamplers.0.conv"
+        case ["upsample", level, "1"]:
+            return f"up_blocks.{level}.upsamplers.0.conv"
+        case ["middle", block, *rest]:
+            return "mid_block." + IN_BLOCK[".".join(rest)].format(block)
+    return AROUND[layer]
 
 
-def convert(state, depth):
+def convert(state):
     """Our network's parameters, a dictionary of tensors, under diffusers' names. Raises KeyError for unknown ones."""
     converted = {}
     for name, tensor in state.items():
         layer, _, kind = name.rpartition(".")
-        theirs = rename(layer, depth)
+        theirs = rename(layer)
         if theirs.endswith(".qkv"):  # queries, keys and values: one layer of ours, three of theirs
             for letter, rows in zip("qkv", tensor.chunk(3), strict=True):
                 converted[f"{theirs.removesuffix('qkv')}to_{letter}.{kind}"] = rows
@@ -71,7 +71,7 @@ def convert(state, depth):
 
 
 def make_unet(run):
-    """An untrained UNet2DModel with the structure of a `Run`'s network. Raises KeyError for an unknown preset."""
+    """An untrained UNet2DModel with the structure of a `Run`'s network."""
     preset = lesson3.PRESETS[run.preset]
     conditional = run.network == "CondUNet"
     padded = lesson3.pad(torch.empty(1, 1, *run.size), preset).shape[2:]
@@ -105,12 +105,12 @@ def export(path, folder):
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint there")
     run = checkpoint["run"]
-    if run.network == "UNet":
+    if run.network == "UntimedUNet":
         raise UserError(f"{path}: a network without time (--no-time) can't be a UNet2DModel, which is told the time")
-    state = {name.removeprefix("network."): tensor for name, tensor in checkpoint["average"].items()}
+    state = {name.removeprefix("network."): tensor for name, tensor in checkpoint["ema"].items()}
     try:
         unet = make_unet(run)
-        unet.load_state_dict(convert(state, unet.config.layers_per_block))
+        unet.load_state_dict(convert(state))
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: not a network of these lessons, or of another version of them") from error
     scheduler = EDMDPMSolverMultistepScheduler(
@@ -121,22 +121,17 @@ def export(path, folder):
     scheduler.save_pretrained(folder)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def main():
-    parser = Parser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of a run of 03 or 04")
     parser.add_argument("dir", metavar="DIR", type=Path, help="folder to write to")
     options = parser.parse_args()
     try:
         export(options.checkpoint, options.dir)
     except UserError as error:
-        parser.error(str(error))
+        parser.exit(2, f"{parser.prog}: {error}\n")
     except (OSError, SafetensorError) as error:
-        parser.error(f"DIR must be a folder that can be written to ({error})")
+        parser.exit(2, f"{parser.prog}: DIR must be a folder that can be written to ({error})\n")
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"):
         print(f"wrote {options.dir / name}")
 
