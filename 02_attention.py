@@ -704,9 +704,10 @@ def attention_from_convolution(conv):
         raise ValueError(f"expected an nn.Conv2d with {expected}, got {conv}")
     offsets = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
     layer = PositionAttention(conv.in_channels, conv.out_channels, offsets, bias=conv.bias is not None)
+    layer.to(conv.weight)  # its type, its device
     weight = rearrange(conv.weight, "out c rows columns -> out (rows columns c)")
     layer.proj.load_state_dict(conv.state_dict() | {"weight": weight})
-    return layer.to(conv.weight)
+    return layer
 
 
 @lesson1.section

@@ -964,11 +964,8 @@ def crop(images, size):
 # %% The run: its checkpoint
 def save_checkpoint(path, content):
     """All or nothing: an interrupted write leaves the old file as it was."""
-    buffer, part = (
-        io.BytesIO(),
-        path.with_suffix(f".{os.getpid()}.part"),
-    )  # a full disk is an OSError for Python's write
-    torch.save(content, buffer)
+    buffer, part = io.BytesIO(), path.with_suffix(f".{os.getpid()}.part")
+    torch.save(content, buffer)  # to memory, for torch's own writing has no OSError for a full disk
     try:
         part.write_bytes(buffer.getvalue())
         part.replace(path)
@@ -982,9 +979,7 @@ def load_checkpoint(path):
         return None
     try:
         file = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(
-            file
-        ) as archive:  # torch.load checks no sums, and takes an entry with attributes for zeros
+        with zipfile.ZipFile(file) as archive:  # torch.load checks no sums, and an entry with attributes is zeros to it
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("a checksum is wrong")
         file.seek(0)

@@ -23,7 +23,10 @@ def self_attention(q, k, v):
 
 
 def multi_head_attention(tokens, parameters, heads):
-    """(s, c) -> (s, c): attention for itself in each of `heads` equal parts of the channels, then a projection."""
+    """(s, c) -> (s, c): each head has q, k and v of its own, projections of all channels; what they hear is joined.
+
+    The rows of one matrix do it for all heads: those of q first, head after head, then those of k, then those of v.
+    """
     p = parameters
     q, k, v = np.split(tokens @ p["qkv.weight"].T + p["qkv.bias"], 3, axis=1)  # (s, c) each
     d = q.shape[1] // heads
@@ -37,11 +40,13 @@ def multi_head_attention(tokens, parameters, heads):
 def multi_head_self_attention(x, parameters, heads, groups=1):
     """(n, c, h, w) -> (n, c, h, w): every pixel is a token; what it hears is added to it."""
     n, c, h, w = x.shape
-    normed = group_norm(x, groups, parameters["norm.weight"], parameters["norm.bias"])
+    p = parameters
+    attention = {name.removeprefix("attention."): array for name, array in p.items() if name.startswith("attention.")}
+    normed = group_norm(x, groups, p["norm.weight"], p["norm.bias"])
     y = np.empty_like(x)
     for i in range(n):
         tokens = normed[i].reshape(c, h * w).T  # (h w, c)
-        heard = multi_head_attention(tokens, parameters, heads)  # (h w, c)
+        heard = multi_head_attention(tokens, attention, heads)  # (h w, c)
         y[i] = x[i] + heard.T.reshape(c, h, w)
     return y
 

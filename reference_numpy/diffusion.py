@@ -5,6 +5,7 @@ A noisy image is x = x0 + sigma · noise. A denoiser looks at x and sigma and sa
 
 import numpy as np
 
+from reference_numpy.attention import softmax
 from reference_numpy.layers import pixel_shuffle, pixel_unshuffle
 
 
@@ -26,6 +27,17 @@ def denoising_loss(x0_hat, x0, sigma, sigma_data):
     """(n,): the mean squared error of each image, divided by the variance of what its network had to find, c_out²."""
     squared = (x0_hat - x0) ** 2
     return squared.mean(axis=(1, 2, 3)) * (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def ideal_denoiser(x, sigma, images):
+    """Noisy x (n, c, h, w), one number sigma, and all images there are, (m, c, h, w) -> the mean of those that each x
+    may have been, (n, c, h, w). By Bayes' rule an image counts as much as the noise x - image is likely."""
+    x0_hat = np.empty_like(x)
+    for i in range(len(x)):
+        squared = ((x[i] - images) ** 2).sum(axis=(1, 2, 3))  # (m,): how far away each image is
+        weights = softmax(-squared / (2 * sigma**2))  # (m,)
+        x0_hat[i] = np.tensordot(weights, images, axes=1)  # (c, h, w)
+    return x0_hat
 
 
 def guide(with_label, without, guidance):

@@ -1,14 +1,13 @@
-"""A number becomes a vector (Vaswani et al. 2017, section 3.5), and what a denoiser can at best make of it."""
+"""A number becomes a vector (Vaswani et al. 2017, section 3.5)."""
 
 import numpy as np
 
-from reference_numpy.attention import softmax
-
 
 def timestep_embedding(timesteps, dim, max_period=10_000):
-    """(n,) -> (n, dim): column k is sin(t · f_k), column dim/2 + k is cos(t · f_k), f from 1 down to 1 / max_period.
+    """(n,) -> (n, dim): column k is sin(t · f_k), column dim/2 + k is cos(t · f_k).
 
-    An odd dim gets a last column of zeros.
+    The frequencies f_k = max_period ** (-k / (dim/2 - 1)) go from 1 down to 1 / max_period. An odd dim gets a last
+    column of zeros.
     """
     half = dim // 2
     frequencies = max_period ** -np.linspace(0, 1, half)  # (half,)
@@ -28,11 +27,3 @@ def rotation(shift, dim, max_period=10_000):
         pair = [k, half + k]
         matrix[np.ix_(pair, pair)] = [[cosine, sine], [-sine, cosine]]
     return matrix
-
-
-def ideal_denoiser(x, sigma, peaks, shares, peak_width):
-    """One noisy pixel x, a mixture of Gaussian peaks with noise of level sigma -> the mean of what it may have been."""
-    variance = peak_width**2 + sigma**2  # a peak of noisy pixels is as wide as the peak and the noise together
-    weights = softmax(np.log(shares) - (x - peaks) ** 2 / (2 * variance))  # (peaks,): Bayes' rule
-    means = peaks + (x - peaks) * peak_width**2 / variance  # (peaks,): the noise's part of the way back to the peak
-    return weights @ means

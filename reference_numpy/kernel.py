@@ -5,8 +5,8 @@ import numpy as np
 
 
 def kernel_sum(a, b):
-    """Features (n, d) and (m, d) -> the sum of (a_i · b_j / d + 1)³ over all pairs; as if of all products of three
-    features. A thousand rows at a time: 10,000² pairs are a lot of memory."""
+    """Features (n, d) and (m, d) -> the sum of (a_i · b_j / d + 1)³ over all pairs; as if of all products of up to
+    three features. A thousand rows at a time: 10,000² pairs are a lot of memory."""
     total = 0.0
     for rows in np.array_split(a, len(a) // 1000 + 1):
         k = rows @ b.T / a.shape[1] + 1  # (rows, m)

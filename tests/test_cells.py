@@ -17,6 +17,10 @@ SHORTER = {
         "make_optimizers, steps=120": "make_optimizers, steps=20",
         "range(120)": "range(20)",
         "noise_levels(400)": "noise_levels(40)",
+        'load_garments("train", 2000)': 'load_garments("train", 200)',
+        "steps=100": "steps=2",
+        "range(100), curves": "range(2), curves",
+        "index in range(100)": "index in range(4)",
     },
     "04_unet_cond.py": {"noise_levels(18)": "noise_levels(2)", "enough=0.3": "enough=0"},
 }
