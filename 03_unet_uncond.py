@@ -852,8 +852,8 @@ def show_few_steps():
         print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
     figure, axes = plt.subplots(figsize=(7, 3.8))
     lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0, xticks=counts)
-    ratio = off["ddim"][3] / off["dpm++"][3]
-    figure.suptitle(f"With 18 steps DDIM is {ratio:.1f} times as far from the end as dpm++ ({name})")
+    ddim, dpm = (values[counts.index(18)] for values in off.values())
+    figure.suptitle(f"After 18 steps, DDIM is {ddim:.2f} away from the end of the path, dpm++ {dpm:.2f} ({name})")
     return figure
 
 

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+FEW = {"\nimport data\n": "\nimport data\ndata.garments.SPLITS.update(train=500, test=100)\n"}
 SHORTER = {
     "01_time_embedding.py": {},
-    "02_attention.py": {"SIDES = (8, 16, 32, 64)": "SIDES = (2, 4)", "steps=200": "steps=2"},
-    "03_unet_uncond.py": {
+    "02_attention.py": FEW | {"SIDES = (8, 16, 32, 64)": "SIDES = (2, 4)", "steps=200": "steps=2"},
+    "03_unet_uncond.py": FEW
+    | {
         '"name": "auto"': '"name": "garments"',
         "make_optimizers, steps=120": "make_optimizers, steps=20",
         "range(120)": "range(20)",
@@ -28,11 +30,12 @@ SHORTER = {
 
 def run_cells(script):
     """Of each cell of a script, in IPython: its title, and how many pictures are open after it."""
+    import matplotlib
     import matplotlib.pyplot as plt
     from IPython.core.interactiveshell import InteractiveShell
 
+    matplotlib.use("agg")
     shell = InteractiveShell.instance()
-    shell.run_cell("%matplotlib agg")
     text = (ROOT / script).read_text()
     for before, after in SHORTER[script].items():
         assert before in text, before
