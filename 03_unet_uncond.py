@@ -1147,25 +1147,22 @@ def fit(run, model, dataset, path, checkpoint):
             due = stops or done == run.steps or time.monotonic() > saved + 120
             if due or done % 20 == 0 or device.type == "cpu":  # elsewhere seldom, because it waits for the GPU
                 if not norm.isfinite():
-                    tip = (
-                        "try --restart with a larger --batch-size or another --seed; the last checkpoint is a good one"
-                    )
+                    tip = "try --restart with another --batch-size or --seed (the last checkpoint is from before)"
                     raise UserError(f"the loss is not finite any more at step {done:,}: {tip}")
                 bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean().item():.3f}", refresh=False)
             bar.update(run.batch_size)
-            if due and RANK == 0:
+            if due:
                 kept = parts if done < run.steps else {"ema": ema}
                 content = {"run": run._asdict(), "step": done, "losses": losses}
-                save_checkpoint(path, content | {name: part.state_dict() for name, part in kept.items()})
+                if RANK == 0:
+                    save_checkpoint(path, content | {name: part.state_dict() for name, part in kept.items()})
                 saved = time.monotonic()
             if stops and due:  # one that came after `due` was decided waits for the next step, which is saved
                 break
         bar.close()
         if stops:
             again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
-            print(
-                f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}", flush=True
-            )
+            print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}")
             sys.exit(130)
     print(f"wrote {path}")
     if RANK == 0:
