@@ -21,6 +21,7 @@ HOSTS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 )
+MOST_BYTES = 2**31  # of pixels in a file: a header that announces more is damaged
 # (images, labels) of each split; and SHA-256 of each file: as it is distributed, and unpacked
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -98,26 +99,28 @@ def read(folder, name, dimensions):
     path = find(folder, name)
     if path is None:
         raise DataError(f"{folder}: no {name}.gz (or {name}); all four Fashion-MNIST files must lie there")
+    length = 4 + 4 * dimensions  # of the header
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as file:
+            header = file.read(length)
+            if header[:4] != bytes((0, 0, 8, dimensions)) or len(header) < length:
+                raise DataError(
+                    f"{path}: not an IDX file of uint8 {'images' if dimensions == 3 else 'labels'}: "
+                    f"it begins with {header[:4].hex(' ') or 'nothing'}, expected 00 00 08 {dimensions:02x}"
+                )
+            shape = tuple(np.frombuffer(header, ">u4", dimensions, offset=4).tolist())
+            expected = int(np.prod(shape, dtype=object))
+            content = file.read(expected + 1) if expected <= MOST_BYTES else b""  # however much more it unpacks to
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read, perhaps a broken download ({error})") from error
-    header = 4 + 4 * dimensions
-    if content[:4] != bytes((0, 0, 8, dimensions)) or len(content) < header:
-        raise DataError(
-            f"{path}: not an IDX file of uint8 {'images' if dimensions == 3 else 'labels'}: "
-            f"it begins with {content[:4].hex(' ') or 'nothing'}, expected 00 00 08 {dimensions:02x}"
-        )
-    shape = tuple(np.frombuffer(content, ">u4", dimensions, offset=4).tolist())
-    expected = int(np.prod(shape, dtype=object))
-    if len(content) - header != expected or expected == 0:
-        size = " × ".join(map(str, shape))
-        raise DataError(f"{path}: its header announces {size} bytes of data, but {len(content) - header} follow")
+    if len(content) != expected or expected == 0:
+        size, follow = " × ".join(map(str, shape)), "more" if len(content) > expected else f"{len(content)}"
+        raise DataError(f"{path}: its header announces {size} bytes of data, but {follow} follow")
     # a copy, so that the array can be written to and does not keep the file's bytes alive
-    array = np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
-    return array, hashlib.sha256(content).hexdigest()
+    array = np.frombuffer(content, np.uint8).reshape(shape).copy()
+    return array, hashlib.sha256(header + content).hexdigest()
 
 
 def download(name):

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,21 @@ def test_every_truncation_is_noticed(digits):
             path.write_bytes(content[:length])
             with pytest.raises(data.DataError):
                 data.load("fashion-mnist", "train", digits)
+
+
+def test_a_gzip_bomb_is_not_unpacked(digits):
+    """Zeros without end, almost, behind a header that announces little."""
+    path = digits / "train-images-idx3-ubyte.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(idx(np.zeros((20, 12, 8), np.uint8)))
+        for _ in range(8):
+            file.write(bytes(1 << 25))
+    tracemalloc.start()
+    with pytest.raises(data.DataError, match="announces 20 × 12 × 8 bytes of data, but more follow"):
+        data.load("fashion-mnist", "train", digits)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
 
 
 def test_swapped_files_are_noticed(digits):
