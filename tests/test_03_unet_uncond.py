@@ -468,3 +468,18 @@ def test_all_sections_say_and_draw_what_they_should(lesson3, run_sections, monke
     assert "by hand or by sample, largest difference: 0\n" in printed
     ddim, dpm = (re.search(rf"{method} +(.*)", printed)[1].split() for method in ("ddim", r"dpm\+\+"))
     assert all(float(a) > float(b) for a, b in zip(ddim[2:], dpm[2:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, None),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({}, None),  # another maker's
+    ],
+)
+def test_bfloat16_is_for_processors_with_instructions_for_it(lesson3, monkeypatch, instructions, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert lesson3.choose_precision(torch.device("cpu")) == expected
+    assert lesson3.choose_precision(torch.device("mps")) is None
