@@ -696,7 +696,9 @@ class Muon(torch.optim.Optimizer):
         for shape, weights in by_shape.items():
             directions = []
             for weight in weights:
-                mean = self.state[weight].setdefault("mean", torch.zeros_like(weight))
+                if not self.state[weight]:
+                    self.state[weight]["mean"] = torch.zeros_like(weight)
+                mean = self.state[weight]["mean"]
                 mean.lerp_(weight.grad, 1 - group["momentum"])
                 directions.append(weight.grad.lerp(mean, group["momentum"]).flatten(1))  # Nesterov: one step ahead
             lr = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5
@@ -1006,6 +1008,11 @@ def load_trained(path, model, device):
     checkpoint = load_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint there to sample from; train first, without --sample-only")
+    return open_trained(checkpoint, path, model, device)
+
+
+def open_trained(checkpoint, path, model, device):
+    """The same of a checkpoint that was read already."""
     run = checkpoint["run"]
     check_same(path, run, {"network": model.name})
     ema = make_denoiser(run, model, device)
@@ -1071,7 +1078,7 @@ def get_denoiser(options, model, path):
     if checkpoint:
         check_same(path, checkpoint["run"], run._asdict())
     if checkpoint and checkpoint["step"] == run.steps:
-        ema, _ = load_trained(path, model, device)
+        ema, _ = open_trained(checkpoint, path, model, device)
         print("training  finished in an earlier run; --restart trains anew")
     else:
         ema = fit(run, model, (images.to(device), labels.to(device)), path, checkpoint)
