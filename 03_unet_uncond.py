@@ -852,10 +852,10 @@ def show_few_steps():
     print("   steps  " + "".join(f"{steps:8}" for steps in counts))
     for method, values in off.items():
         print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
-    figure, axes = plt.subplots(figsize=(7, 3.8))
+    figure, axes = plt.subplots(figsize=(8, 3.8))
     lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0, xticks=counts)
     ddim, dpm = (values[counts.index(18)] for values in off.values())
-    figure.suptitle(f"After 18 steps, DDIM is {ddim:.2f} away from the end of the path, dpm++ {dpm:.2f} ({name})")
+    figure.suptitle(f"After 18 steps: DDIM {ddim:.2f} from the end, dpm++ {dpm:.2f} ({name})")
     return figure
 
 
