@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-plt.rcParams.update({"figure.constrained_layout.use": True, "image.cmap": "gray", "savefig.dpi": 120})
+plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 120})
+plt.rcParams.update({"image.cmap": "gray", "image.interpolation": "nearest"})
 
 
 def section(show):
@@ -82,19 +83,16 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
 # The lecture's size: 100 times, 16 columns.
 @section
 def show_steps():
-    t = torch.arange(100.0)
+    t, exponents = torch.arange(100.0), torch.linspace(0, 1, 8)
     matrix = timestep_embedding(t, 16)  # 100 16
-    angles = t[:, None] * 10_000 ** -torch.linspace(0, 1, 8)  # 100 8
-    print("   exponents:       ", *(f"{exponent:7.3f}" for exponent in torch.linspace(0, 1, 8)))
-    print("   angles at t = 50:", *(f"{angle:7.3f}" for angle in angles[50]))
+    print("   exponents:       ", *(f"{exponent:7.3f}" for exponent in exponents))
+    print("   angles at t = 50:", *(f"{angle:7.3f}" for angle in 50 * 10_000**-exponents))
     print("   matrix:          ", *matrix.shape)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8))
-    for column, values in enumerate(matrix.T):
-        left.plot(t, column - 0.45 * values, color="black" if column < 8 else "0.55")
-    left.set(title="Each column is a wave", xlim=(0, 99), ylim=(15.6, -0.6), xlabel="t", ylabel="column")
-    image = right.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, interpolation="nearest")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True)
+    left.plot(t, torch.arange(16) - 0.45 * matrix, color="black")
+    right.imshow(matrix.T.numpy(), aspect="auto")
+    left.set(title="Each column is a wave", xlabel="t", ylabel="column")
     right.set(title="The 100 × 16 matrix, lying on its side", xlabel="t")
-    figure.colorbar(image, ax=right)
     figure.suptitle("Eight sines (0 to 7), eight cosines (8 to 15): fast columns first, then slow ones")
     return figure
 
@@ -113,14 +111,12 @@ def distances(rows, origin):
 def show_distances():
     t = torch.arange(1001.0)
     lines = {"as one number": distances(t[:, None], 370), "as 64 columns": distances(timestep_embedding(t, 64), 370)}
-    for name, distance in lines.items():
-        print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.6), sharey=True)
+    figure, axes = plt.subplots(figsize=(8, 3.6))
     for (name, distance), style in zip(lines.items(), ("k--", "k-"), strict=True):
-        axes[0].plot(t, distance, style, label=name)
-        axes[1].plot(t[345:396], distance[345:396], style)
-    axes[0].set(xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
-    axes[0].legend()
+        print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
+        axes.plot(t, distance, style, label=name)
+    axes.set(xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
+    axes.legend()
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
     figure.suptitle(f"Embedded, 380 is {ratio:.0f} times as far from 370; beyond that, all is about equally far")
     return figure
@@ -144,9 +140,7 @@ def show_max_period():
     figure, axes = plt.subplots(1, 4, figsize=(8, 3), sharey=True)
     for axis, (last, max_period) in zip(axes, ((99, 10), (99, 100), (99, 10_000), (1, 10_000)), strict=True):
         matrix = timestep_embedding(torch.linspace(0, last, 100), 16, max_period)
-        axis.imshow(
-            matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, interpolation="nearest", extent=(0, last, 15.5, -0.5)
-        )
+        axis.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, extent=(0, last, 15.5, -0.5))
         axis.set(xlabel="t", title=f"max_period {max_period}:\n{count_still(matrix)} of 16 still")
     axes[0].set_ylabel("column")
     figure.suptitle("Too small: no slow columns. Too large for the range of t: columns that stand still")
@@ -177,14 +171,11 @@ def show_rotation():
     error = (embedding[:-3] @ rotation(3, 64).T - embedding[3:]).abs().max()
     dots = embedding @ embedding.T  # 100 100
     print(f"   embedding(t + 3) and rotation(3) @ embedding(t): largest difference {error:.0e}")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6))
-    figure.colorbar(left.imshow(dots.numpy()), ax=left)
-    left.set(title="Dot products of all pairs of times", xlabel="time", ylabel="another time")
-    right.plot(t[:50], dots[0, :50], color="black", linewidth=4, label="times 0 and d")
-    right.plot(t[:50], dots[50, 50:], color="white", linestyle="--", label="times 50 and 50 + d")
-    right.set(title="Along one row", xlabel="distance d")
-    right.legend(facecolor="0.8")
-    figure.suptitle("The dot product depends on the distance alone: one value along each diagonal")
+    print("   dot products, 10 apart:", *(f"{dots[i, i + 10]:.6f}" for i in (0, 30, 60)))
+    figure, axes = plt.subplots(figsize=(6, 4.2))
+    figure.colorbar(axes.imshow(dots.numpy()), ax=axes)
+    axes.set(xlabel="t", ylabel="t")
+    figure.suptitle("Dot products of all pairs: one value a diagonal")
     return figure
 
 
@@ -227,13 +218,11 @@ def show_scale_shift():
         y = layer(x, embed(t))  # 401 4 16 16
     print(f"   t {tuple(t.shape)} -> embedding {tuple(embed(t).shape)}; x {tuple(x.shape)} -> {tuple(y.shape)}")
     moved = (y - y[0]).flatten(1).norm(dim=1) / y[0].norm()
-    figure, axes = plt.subplots(4, 6, figsize=(8, 5.6))
-    for channel, row in enumerate(axes):
-        for axis, i in zip(row, range(0, 401, 80), strict=True):
-            axis.imshow(y[i, channel].numpy(), vmin=-4, vmax=4)
-            axis.set(xticks=[], yticks=[], title=f"t = {t[i]:.0f}" if channel == 0 else "")
-        row[0].set_ylabel(f"channel {channel}")
-    figure.suptitle(f"One input, at six times: the output moves by up to {moved.max():.0%} of its size")
+    figure, axes = plt.subplots(figsize=(8, 5.6))
+    axes.imshow(rearrange(y[::80], "t c h w -> (c h) (t w)").numpy())
+    axes.set_xticks(range(8, 96, 16), [f"t = {time:.0f}" for time in t[::80]])
+    axes.set_yticks(range(8, 64, 16), [f"channel {channel}" for channel in range(4)])
+    axes.set_title(f"One input, at six times: the output moves by up to {moved.max():.0%} of its size")
     return figure
 
 
@@ -244,6 +233,9 @@ def plot_lines(axes, x, lines, **labels):
         axes.plot(x, y, line, color=color, marker="o" if len(x) < 25 else None, label=name)
     axes.set(**labels)
     axes.legend()
+    if len(x) < 12:
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.minorticks_off()
 
 
 def plot_image(axes, image, title, **options):

@@ -90,20 +90,20 @@ def load_garments():
 @lesson1.section
 def show_one_pixel():
     images, classes, name = load_garments()
-    row = 18
+    row, columns = 18, torch.arange(28)
     figure, axes = plt.subplots(2, 4, figsize=(8, 4.7))
-    for label, (above, below) in zip((1, 4, 6, 7), axes.T, strict=True):
-        label %= len(classes)  # other data may have fewer
+    for i, (above, below) in zip((1, 4, 6, 7), axes.T, strict=True):
+        label = i % len(classes)  # other data may have fewer
         column = (images[label, 0, row] > -0.5).int().argmax().item()  # in this row, where the garment begins
         tokens = patch_tokens(images[label, None])
         weights = attention_weights(tokens, tokens)[0, row * 28 + column].unflatten(0, (28, 28))  # h w
-        distant = weights[:, (torch.arange(28) - column).abs() > 5].sum()
-        even = ((torch.arange(28) - column).abs() > 5).float().mean()
-        print(f"   {classes[label]}: {distant:.0%} of the weight is over five columns away; of even weights {even:.0%}")
+        distant = (columns - column).abs() > 5
+        share, even = weights[:, distant].sum(), distant.float().mean()
+        print(f"   {classes[label]}: {share:.0%} of the weight is over five columns away; of even weights {even:.0%}")
         lesson1.plot_image(above, images[label, 0], classes[label])
-        lesson1.plot_image(below, weights, f"{distant:.0%} is far away", cmap="gray_r")
-        above.plot(column, row, "wo", markerfacecolor="none", markersize=10)
-        below.plot(column, row, "ko", markerfacecolor="none", markersize=10)
+        lesson1.plot_image(below, weights, f"{share:.0%} is far away", cmap="gray_r")
+        for axis, color in ((above, "white"), (below, "black")):
+            axis.plot(column, row, "o", color=color, markerfacecolor="none", markersize=10)
     figure.suptitle(f"The marked pixel hears those that look like it, however far away ({name})")
     return figure
 
@@ -112,23 +112,6 @@ def show_one_pixel():
 # One ear of a rabbit has its colour: how does the other ear, on the far side of the image, get the same? By
 # convolutions of stride 1 alone, only step by step. What an output pixel depends on is told by its gradient with
 # respect to each input pixel: where no path leads, it is exactly zero.
-class Residual(nn.Module):
-    """`x + branch(x)`: the branch has to learn only what is new."""
-
-    def __init__(self, *layers):
-        super().__init__()
-        self.branch = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return x + self.branch(x)
-
-
-def residual_block(channels):
-    """Two 3×3 convolutions and a shortcut. There is no norm, through which all pixels would meet in the mean."""
-    first, second = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-    return Residual(nn.SiLU(), first, nn.SiLU(), second)
-
-
 def influence(layer, x, row, column):
     """How much each pixel of x `(n, c, h, w)` bears on one pixel of `layer(x)`: the size of the gradient, `(h, w)`."""
     x = x.detach().requires_grad_()
@@ -147,12 +130,8 @@ def show_reach():
     torch.manual_seed(0)
     images, _, name = load_garments()
     x = nn.Conv2d(1, 16, 1)(images[-1:])  # n c h w
-    layers = {
-        "3×3 convolution": nn.Conv2d(16, 16, 3, padding=1),
-        "residual block": residual_block(16),
-        "three of them": nn.Sequential(*(residual_block(16) for _ in range(3))),
-        "attention": pixel_attention,
-    }
+    convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(6)]
+    layers = {f"{n} × 3×3": nn.Sequential(*convolutions[:n]) for n in (1, 2, 6)} | {"attention": pixel_attention}
     figure, axes = plt.subplots(1, 5, figsize=(8, 2.4))
     lesson1.plot_image(axes[0], images[-1, 0], f"the pixel\n({name})")
     axes[0].plot(10, 12, "wo", markerfacecolor="none")
@@ -219,22 +198,18 @@ def gradient_through(weights):
 @lesson1.section
 def show_division():
     torch.manual_seed(0)
-    dims = torch.tensor([4, 8, 16, 32, 64, 128, 256])
-    bits = {"undivided": [], "divided by √d": []}
-    for d in dims.tolist():
+    dims, bits = (4, 8, 16, 32, 64, 128, 256), {"undivided": [], "divided by √d": []}
+    for d in dims:
         q, k = torch.randn(2, 256, d)  # s d, each
         for name, scores in zip(bits, (q @ k.mT, q @ k.mT / math.sqrt(d)), strict=True):
             weights = scores.softmax(dim=-1)  # s s
             bits[name].append(entropy(weights).mean())
             through = gradient_through(weights).mean()
             print(
-                f"   d = {d:3d} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits, gradient {through:.2f}"
+                f"   d = {d:3} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits, gradient {through:.2f}"
             )
     figure, axes = plt.subplots(figsize=(7, 3.6))
     lesson1.plot_lines(axes, dims, bits, xscale="log", xlabel="width d", ylabel="entropy of the weights (bits)")
-    axes.set_xticks(dims, dims.tolist(), minor=False)
-    axes.minorticks_off()
-    axes.axhline(8, color="0.8", zorder=0)
     figure.suptitle("256 tokens: undivided, the scores of wide ones leave softmax with a single winner")
     return figure
 
@@ -282,56 +257,41 @@ def show_layer():
 
 # %% 7. rearrange
 # view moves no axis at all, permute moves them by number; rearrange moves them by name. So it can be read, and it can
-# check what it is given. Each entry: the shape of x, what rearrange is told, and the same by hand.
-GALLERY = {
-    "transpose": ((2, 64, 32), "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
-    "pixels to tokens": (
-        *((2, 32, 8, 8), "n c h w -> n (h w) c", {}),
-        lambda x: x.permute(0, 2, 3, 1).reshape(2, 64, 32),
+# check what it is given. Each entry: what rearrange is told, of tokens or of images, and the same by hand.
+TOKENS, IMAGES = (2, 64, 32), (2, 32, 8, 8)
+GALLERY = [
+    (TOKENS, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
+    (IMAGES, "n c h w -> n (h w) c", {}, lambda x: x.permute(0, 2, 3, 1).reshape(2, 64, 32)),
+    (TOKENS, "n s (heads d) -> n heads s d", {"heads": 4}, lambda x: x.view(2, 64, 4, 8).transpose(1, 2)),
+    (TOKENS, "n (h w) c -> n c h w", {"h": 8}, lambda x: x.transpose(1, 2).reshape(2, 32, 8, 8)),
+    (
+        *(IMAGES, "n c (h p) (w q) -> n (h w) (p q c)", {"p": 4, "q": 4}),
+        lambda x: x.view(2, 32, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 4, 512),
     ),
-    "split heads": (
-        *((2, 64, 32), "n s (heads d) -> n heads s d", {"heads": 4}),
-        lambda x: x.view(2, 64, 4, 8).permute(0, 2, 1, 3),
-    ),
-    "heads into the batch": (
-        *((2, 64, 32), "n s (heads d) -> (n heads) s d", {"heads": 4}),
-        lambda x: x.view(2, 64, 4, 8).transpose(1, 2).reshape(8, 64, 8),
-    ),
-    "patches to tokens": (
-        *((2, 1, 28, 28), "n c (h p) (w q) -> n (h w) (p q c)", {"p": 4, "q": 4}),
-        lambda x: x.view(2, 1, 7, 4, 7, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 49, 16),
-    ),
-    "grid of images": (
-        *((6, 28, 28), "(rows columns) h w -> (rows h) (columns w)", {"rows": 2}),
-        lambda x: x.view(2, 3, 28, 28).permute(0, 2, 1, 3).reshape(56, 84),
-    ),
-}
+]
 
 
 @lesson1.section
 def show_rearrange():
-    torch.manual_seed(0)
-    for name, (shape, pattern, sizes, by_hand) in GALLERY.items():
+    for shape, pattern, sizes, by_hand in GALLERY:
         x = torch.randn(shape)
         y = rearrange(x, pattern, **sizes)
-        print(f"   {name}: {shape} -> {tuple(y.shape)}, the same by hand: {torch.equal(y, by_hand(x))}")
+        print(f"   {pattern}: {shape} -> {tuple(y.shape)}, the same by hand: {torch.equal(y, by_hand(x))}")
     try:
-        rearrange(torch.zeros(2, 64, 32), "n s (heads d) -> n heads s d", heads=5)
+        rearrange(torch.zeros(TOKENS), "n s (heads d) -> n heads s d", heads=5)
     except EinopsError as error:
         print(f"   32 channels, 5 heads: {str(error).splitlines()[-1].strip()}")
     images, _, name = load_garments()
-    images = images[torch.arange(6) % len(images), 0]  # n h w
-    tokens = rearrange(images, "n h w -> (h w) n")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3))
-    lesson1.plot_image(
-        left, rearrange(tokens, "(h w) (rows columns) -> (rows h) (columns w)", h=28, rows=2), f"rearranged ({name})"
-    )
-    lesson1.plot_image(
-        right,
-        rearrange(tokens.reshape(6, 28, 28), "(rows columns) h w -> (rows h) (columns w)", rows=2),
-        "reshaped to n h w",
-    )
-    figure.suptitle("From tokens (h w) n: rearrange knows the axes, reshape gives wrong pixels without an error")
+    tokens = rearrange(images[torch.arange(6) % len(images), 0], "n h w -> (h w) n")
+    pictures = {
+        "rearranged": rearrange(tokens, "(h w) n -> n h w", h=28),
+        "reshaped to n h w": tokens.reshape(6, 28, 28),
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+        grid = rearrange(picture, "(rows columns) h w -> (rows h) (columns w)", rows=2)
+        lesson1.plot_image(axis, grid, title)
+    figure.suptitle(f"From tokens (h w) n: reshape gives wrong pixels without an error ({name})")
     return figure
 
 
@@ -573,10 +533,7 @@ def show_cost():
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
     for axis, lines, label in zip(axes, (seconds, kept), ("milliseconds", "megabytes kept"), strict=True):
         lesson1.plot_lines(axis, SIDES, lines, xlabel="side of the image", ylabel=label, xscale="log", yscale="log")
-        axis.set_xticks(SIDES, SIDES)
-        axis.minorticks_off()
-    growth = [values[-1] / values[-2] for values in seconds.values()]
-    ratios = ", ".join(f"{name} {ratio:.0f} times" for name, ratio in zip(layers, growth, strict=True))
+    ratios = ", ".join(f"{name} {values[-1] / values[-2]:.0f} times" for name, values in seconds.items())
     figure.suptitle(f"{SIDES[-1]} pixels a side instead of {SIDES[-2]} take: {ratios}", fontsize=11)
     return figure
 

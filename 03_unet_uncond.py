@@ -48,10 +48,9 @@ def load_garments(split, n):
 
 
 # %% 1. A convolution comes after its norm and its activation
-# A signal must come through all layers of a network: forwards, or the last ones don't know what the image was, and
-# backwards, or the first ones don't learn. A shortcut, x + ..., lets it pass; but an activation *behind* the sum, as in
-# the lecture's first residual blocks, bends it again, block after block. Put norm and activation in front of each
-# convolution, and what leaves a block is a plain sum.
+# A signal must come through all layers of a network, or the last ones don't know what the image was. A shortcut,
+# x + ..., lets it pass; but an activation *behind* the sum, as in the lecture's first residual blocks, bends it again,
+# block after block. Put norm and activation in front of each convolution, and what leaves a block is a plain sum.
 #
 # The same layers in both orders; x is `(n, c, h, w)` all the way:
 def activate_last(x, convs, norms):
@@ -66,18 +65,16 @@ def activate_first(x, convs, norms):
     return x + convs[1](F.silu(norms[1](h)))
 
 
+@torch.no_grad()
 def signal_through(block, x, blocks=20):
-    """x `(n, 16, h, w)` and the activations after each of so many new blocks; and by what factor the norm of a random
-    gradient grows on its way back through all of them."""
+    """x `(n, 16, h, w)` and the activations after each of so many new blocks."""
     torch.manual_seed(0)
-    states = [x.detach().clone().requires_grad_()]
+    states = [x]
     for _ in range(blocks):
         convs = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)]
         norms = [nn.GroupNorm(4, 16) for _ in range(2)]
         states.append(block(states[-1], convs, norms))
-    gradient = torch.randn_like(x)
-    (arrived,) = torch.autograd.grad(states[-1], states[0], gradient)
-    return [state.detach() for state in states], float(arrived.norm() / gradient.norm())
+    return states
 
 
 def correlation(a, b):
@@ -93,17 +90,13 @@ def show_order():
     x = nn.Conv2d(1, 16, 3, padding=1)(images).detach()  # n c h w
     shown, pictures, left = (0, 1, 2, 5, 10, 20), [], {}
     for order in (activate_first, activate_last):
-        label = order.__name__.replace("_", " ")
-        states, growth = signal_through(order, x / x.std())
-        left[label] = [correlation(state, x) for state in states]
-        print(f"   {label}: correlation with what went in {left[label][-1]:.2f}, gradient {growth:.1f} times as large")
+        states, label = signal_through(order, x / x.std()), order.__name__.replace("_", " ")
+        left[label] = [correlation(states[i], x) for i in shown]
+        print(f"   {label}: correlation with what went in", *(f"{value:.2f}" for value in left[label]))
         pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
-    figure, (above, below) = plt.subplots(2, figsize=(8, 6), height_ratios=[2, 3])
-    lesson1.plot_lines(above, range(21), left, xlabel="blocks", ylabel="correlation", xticks=range(0, 21, 5))
-    lesson1.plot_images(below, torch.stack(pictures).clamp(-1, 1), len(shown), left, [f"after {i}" for i in shown])
     first, last = (values[-1] for values in left.values())
-    figure.suptitle(f"Correlation after 20 blocks: {first:.2f} if activations come first, {last:.2f} if last ({name})")
-    return figure
+    title = f"Correlation after 20 blocks: {first:.2f} if activations come first, {last:.2f} if last ({name})"
+    return lesson1.plot_grid(title, torch.stack(pictures).clamp(-1, 1), 6, left, [f"after {i}" for i in shown])
 
 
 # %% 2. The residual block
@@ -146,13 +139,6 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + self.conv2(self.conv1(x))
 
 
-def change_by_others(norm, x):
-    """By how much of its size a norm's output for the first image changes if the others of the batch get noisier."""
-    noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])
-    before, after = norm(x)[0], norm(noisier)[0]
-    return float(((after - before).norm() / before.norm()).detach())
-
-
 @lesson1.section
 def show_block():
     torch.manual_seed(0)
@@ -161,8 +147,9 @@ def show_block():
     steps = {"x": x, "conv1": h, "conv2": wider.conv2(h), "shortcut(x)": wider.shortcut(x), "sum": wider(x)}
     print("   " + ", ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
     print(f"   a new block of the same width changes its input by {(ResBlock(16, 16, 4)(x) - x).abs().max():g}")
+    noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])  # the first image is the same
     for name, norm in {"batch": nn.BatchNorm2d(16), "group": nn.GroupNorm(4, 16)}.items():
-        change = change_by_others(norm, x)
+        change = (norm(noisier) - norm(x))[0].norm() / norm(x)[0].norm()
         print(f"   {name} norm, and the other images get noisier: this one's activations change by {change:.0%}")
 
 
@@ -193,12 +180,11 @@ class SavedConv(Saved, nn.Conv2d):
     pass
 
 
-class MixedInBehind(nn.Conv2d, Saved):
-    """What not to do."""
-
-
 @lesson1.section
 def show_saved():
+    class MixedInBehind(nn.Conv2d, Saved):
+        """What not to do."""
+
     for kind in (SavedConv, MixedInBehind):
         conv, x = kind(1, 4, 3), torch.randn(2, 1, 8, 8)
         order = " -> ".join(parent.__name__ for parent in kind.__mro__[:3])
@@ -268,24 +254,21 @@ class UNet(nn.Module):
         step = 2 ** len(self.downsample)
         if x.shape[2] % step or x.shape[3] % step:
             raise ValueError(f"height and width must be multiples of {step}, got {x.shape[2]} × {x.shape[3]}")
-        saved = [self.conv_in]
-        try:
-            h = self.conv_in(x)  # n widths[0] height width
-            for level, blocks in enumerate(self.down):
-                for layer in blocks if level == 0 else (self.downsample[level - 1], *blocks):
-                    saved.append(layer)
-                    h = layer(h) if isinstance(layer, SavedConv) else layer(h, *told)  # n c h w, or n c h/2 w/2
-            skips = [layer.take() for layer in saved]
-        finally:  # also where memory ran out on the way
-            for layer in saved:
-                layer.saved = None
-        for block in self.middle:  # n widths[-1] height/step width/step
+        h, saved = self.conv_in(x), [self.conv_in]  # n widths[0] height width
+        for level, blocks in enumerate(self.down):
+            if level > 0:
+                h = self.downsample[level - 1](h)  # n c h w -> n c h/2 w/2
+                saved.append(self.downsample[level - 1])
+            for block in blocks:
+                h = block(h, *told)  # n c h w
+                saved.append(block)
+        for block in self.middle:
             h = block(h, *told)
         for level, blocks in enumerate(self.up):
             if level > 0:
-                h = self.upsample[level - 1](h)  # n c 2h 2w
+                h = self.upsample[level - 1](h)  # n c h w -> n c 2h 2w
             for block in blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), *told)  # n (c skip) h w -> n c h w
+                h = block(torch.cat([h, saved.pop().take()], dim=1), *told)  # n (c skip) h w -> n c h w
         return self.conv_out(h)  # n channels height width
 
 
@@ -294,9 +277,9 @@ def measure_layers(network, x):
     rows = []
 
     def note(name, layer, y):
-        sizes = [parameter.numel() for parameter in layer.parameters()]
         weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 4)
-        rows.append((name, tuple(y.shape[1:]), sum(sizes), weights * y[0, 0].numel()))  # each is used at each pixel
+        parameters = sum(parameter.numel() for parameter in layer.parameters())
+        rows.append((name, *y.shape[1:], parameters, weights * y[0, 0].numel()))  # a weight is used at each pixel
 
     for name, layer in network.named_modules():
         if name == "conv_out" or isinstance(layer, ResBlock | SavedConv | nn.Sequential):
@@ -307,15 +290,13 @@ def measure_layers(network, x):
 
 @lesson1.section
 def show_layers():
-    network = UNet(1, (32, 64, 128, 256), depth=2, groups=2)  # the lecture's size; 28 × 28 pixels padded to 32 × 32
-    rows = measure_layers(network, torch.zeros(1, 1, 32, 32))
-    print("                              c    h    w    parameters   multiply-adds")
-    for name, shape, *counts in rows:
-        kind = type(network.get_submodule(name)).__name__.replace("Sequential", "upsample")
-        print("   {:12}{:14}{:5}{:5}{:5}{:14,}{:16,}".format(name, kind, *shape, *counts))
-    totals = np.array([counts for _, _, *counts in rows])
+    rows = measure_layers(UNet(1, (32, 64, 128, 256), depth=2, groups=2), torch.zeros(1, 1, 32, 32))  # the lecture's
+    print("                  c    h    w    parameters   multiply-adds")
+    for row in rows:
+        print("   {:12}{:4}{:5}{:5}{:14,}{:16,}".format(*row))
+    heights, totals = np.array([row[2] for row in rows]), np.array([row[4:] for row in rows])
     for height in (32, 16, 8, 4):
-        share = totals[[shape[1] == height for _, shape, *_ in rows]].sum(axis=0) / totals.sum(axis=0)
+        share = totals[heights == height].sum(axis=0) / totals.sum(axis=0)
         print("   at {0:2} × {0:2}: {1:.0%} of the parameters, {2:.0%} of the operations".format(height, *share))
 
 
@@ -357,9 +338,7 @@ def show_skips():
         network, curves[row] = train_skips(cut, images)
         rows[row] = network(noisy)
         errors.append(float(F.mse_loss(rows[row], garments)))
-        print(
-            f"   {row}: loss {np.mean(curves[row][-20:]):.3f} in the last 20 steps, {errors[-1]:.3f} on 8 test images"
-        )
+        print(f"   {row}: error {np.mean(curves[row][-20:]):.3f} in training, {errors[-1]:.3f} on 8 test images")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
     lesson1.plot_lines(left, range(100), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4))
     lesson1.plot_images(right, torch.cat(list(rows.values())), 8, rows)
@@ -385,14 +364,14 @@ def show_noise():
     garment, name = load_garments("test", 1)
     torch.manual_seed(0)
     sigmas = torch.logspace(math.log10(0.02), math.log10(80), 10)
-    x = add_noise(garment, sigmas, torch.randn(10, 1, 28, 28))
-    figure, axes = plt.subplots(2, 5, figsize=(8, 4))
-    for axis, sigma, picture in zip(axes.flat, sigmas, x, strict=True):
-        share = correlation(picture[None], garment)
-        print(f"   sigma {sigma:6.2f}: pixels {picture.min():7.1f} to {picture.max():6.1f}, correlation {share:5.2f}")
-        lesson1.plot_image(axis, picture[0], f"σ = {sigma:.2g}\ncorrelation {share:.2f}")
-    figure.suptitle(f"A garment under more and more noise, each picture on its own scale ({name})")
-    return figure
+    x, heads = add_noise(garment, sigmas, torch.randn(10, 1, 28, 28)), []
+    for sigma, picture in zip(sigmas, x, strict=True):
+        heads.append(f"σ = {sigma:.2g}\n{correlation(picture[None], garment):.2f}")
+        print(
+            f"   pixels {picture.min():7.1f} to {picture.max():6.1f}, σ and correlation", heads[-1].replace("\n", ", ")
+        )
+    x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True)
+    return lesson1.plot_grid(f"More and more noise, and the correlation with the garment ({name})", x, 5, heads=heads)
 
 
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
@@ -456,8 +435,8 @@ def show_preconditioning():
         c_skip, c_out, c_in = denoiser.scales(sigma)
         x = images + sigma * noise
         deviations = x.std(), (c_in * x).std(), ((images - c_skip * x) / c_out).std()
-        print(f"   {sigma:7.2f}{c_skip:9.4f}{c_out:9.4f}{c_in:9.4f}{TIME_SCALE * sigma.log() / 4:9.0f}", end="")
-        print("{:18.2f}{:12.2f}{:16.2f}".format(*deviations))
+        row = sigma, c_skip, c_out, c_in, TIME_SCALE * sigma.log() / 4, *deviations
+        print("   {:7.2f}{:9.4f}{:9.4f}{:9.4f}{:9.0f}{:18.2f}{:12.2f}{:16.2f}".format(*row))
     sigmas = torch.logspace(-2, 2, 200)
     names = ("c_skip: how much of x is kept", "c_out: how much is added", "c_in")
     figure, axes = plt.subplots(figsize=(8, 3.8))
@@ -639,23 +618,20 @@ def adamw(parameters, max_lr):
 @lesson1.section
 def show_training():
     (images, _), (garments, name) = load_garments("train", 2000), load_garments("test", 100)
-    losses = {}
+    losses, corner = {}, garments[:, :, :3, :3]
+    print("   sigma       " + "".join(f"{sigma:7g}" for sigma in LEVELS))
     for label, kind in {"without time": UntimedUNet, "with time": TimeUNet}.items():
         ema, _ = train_small(kind, images, lambda denoiser: [adamw(denoiser.parameters(), 0.004)])
         losses[label] = loss_by_level(ema, garments)
-    print("   sigma       " + "".join(f"{sigma:7g}" for sigma in LEVELS) + "   mean")
-    for label, values in losses.items():
-        print(f"   {label:12}" + "".join(f"{value:7.3f}" for value in values) + f"{np.mean(values):7.3f}")
-    noise = torch.randn(len(garments), 1, 3, 3)
-    corner = [float((garments[:, :, :3, :3] + sigma * noise).std(dim=(1, 2, 3)).mean()) for sigma in LEVELS]
-    print("   corner says " + "".join(f"{value:7.2g}" for value in corner))
+        print(f"   {label:12}" + "".join(f"{value:7.3f}" for value in losses[label]))
+    noise = torch.randn_like(corner)
+    said = [(corner + sigma * noise).std(dim=(1, 2, 3)).mean() for sigma in LEVELS]
+    print("   corner says " + "".join(f"{value:7.2g}" for value in said))
     figure, axes = plt.subplots(figsize=(8, 4))
     label = f"loss on test images ({name})"
     lesson1.plot_lines(axes, LEVELS, losses, xscale="log", ylim=0, xlabel="sigma", ylabel=label)
-    first, second = (np.mean(values) for values in losses.values())
-    figure.suptitle(
-        f"Told the time, the loss changes by {second / first - 1:+.1%}: an image itself shows how noisy it is"
-    )
+    change = np.mean(losses["with time"]) / np.mean(losses["without time"]) - 1
+    figure.suptitle(f"Told the time, the loss changes by {change:+.1%}: an image itself shows how noisy it is")
     return figure
 
 
@@ -718,15 +694,14 @@ def show_muon():
     images, name = load_garments("train", 2000)
     torch.manual_seed(0)
     x = torch.randn(1, 48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
-    before, after = torch.linalg.svdvals(x / x.norm())[0], torch.linalg.svdvals(orthogonalize(x))[0]
-    for label, values in {"before": before, "after": after}.items():
-        print(f"   singular values {label}: " + " ".join(f"{value:.3f}" for value in values[:12]))
+    for label, matrix in {"before": x / x.norm(), "after": orthogonalize(x)}.items():
+        values = torch.linalg.svdvals(matrix)[0, :12].tolist()
+        print(f"   singular values {label}:", *(f"{value:.3f}" for value in values))
     choices = {"AdamW": lambda d: [adamw(d.parameters(), 0.004)], "Muon and AdamW": lambda d: make_optimizers(d, 0.004)}
     curves = {label: train_small(TimeUNet, images, choice)[1] for label, choice in choices.items()}
-    late = {label: float(np.mean(losses[-20:])) for label, losses in curves.items()}
+    said = ", ".join(f"{np.mean(losses[-20:]):.2f} with {label}" for label, losses in curves.items())
     figure, axes = plt.subplots(figsize=(8, 3.8))
     lesson1.plot_lines(axes, range(120), curves, xlabel="step of training", ylabel="loss", ylim=(0, 1.1))
-    said = ", ".join(f"{loss:.2f} with {label}" for label, loss in late.items())
     figure.suptitle(f"Loss at the end: {said} ({name})")
     return figure
 
@@ -853,7 +828,7 @@ def show_few_steps():
     for method, values in off.items():
         print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
     figure, axes = plt.subplots(figsize=(8, 3.8))
-    lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0, xticks=counts)
+    lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0)
     ddim, dpm = (values[counts.index(18)] for values in off.values())
     figure.suptitle(f"After 18 steps: DDIM {ddim:.2f} from the end, dpm++ {dpm:.2f} ({name})")
     return figure
@@ -926,7 +901,7 @@ def choose_device(name):
     """The torch.device for --device. Raises UserError where it isn't there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     available = [device for device in there if there[device]]
-    if name != "auto" and name not in available:
+    if name not in ("auto", *available):
         raise UserError(f"--device {name}: there is none here, only {', '.join(available)}")
     return torch.device(available[0] if name == "auto" else name)
 
@@ -975,8 +950,11 @@ def save_checkpoint(path, content):
         part.unlink(missing_ok=True)
 
 
-def load_checkpoint(path):
-    """The checkpoint's content, or None where there is none. Raises UserError where it is damaged or something else."""
+def load_checkpoint(path, **asked):
+    """The checkpoint's content, or None where there is none. asked: fields of `Run` that it must agree with.
+
+    Raises UserError where it is damaged, something else, or of another run.
+    """
     if not path.exists():
         return None
     try:
@@ -989,9 +967,16 @@ def load_checkpoint(path):
         run = Run(**content["run"])
         if run.preset not in PRESETS or not {"step", "ema"} <= content.keys():
             raise ValueError("of another version")
-        return content | {"run": run}
     except Exception as error:  # of many kinds: whatever reading strange bytes can lead to
         raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
+    there = run._asdict()
+    differing = ", ".join(
+        f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]
+    )
+    if differing:
+        differing = differing.replace("_", " ")
+        raise UserError(f"{path}: of another run ({differing}); --restart trains anew, --out DIR keeps both")
+    return content | {"run": run}
 
 
 def restore(checkpoint, path, **parts):
@@ -1003,33 +988,16 @@ def restore(checkpoint, path, **parts):
         raise UserError(f"{path}: not of today's preset, or of another version; --restart trains anew") from error
 
 
-def load_trained(path, model, device):
-    """The averaged denoiser in a checkpoint, and its `Run`. Raises UserError where there is none of that model."""
-    checkpoint = load_checkpoint(path)
+def load_trained(path, model, device, **asked):
+    """The averaged denoiser in a checkpoint, and its `Run`. Raises UserError where there is none that was asked for."""
+    checkpoint = load_checkpoint(path, network=model.name, **asked)
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint there to sample from; train first, without --sample-only")
-    return open_trained(checkpoint, path, model, device)
-
-
-def open_trained(checkpoint, path, model, device):
-    """The same of a checkpoint that was read already."""
     run = checkpoint["run"]
-    check_same(path, run, {"network": model.name})
     ema = make_denoiser(run, model, device)
     restore(checkpoint, path, ema=ema)
     print(f"network   {run.title}, after {checkpoint['step']:,} of {run.steps:,} steps")
     return ema.eval().requires_grad_(False), run
-
-
-def check_same(path, run, asked):
-    """Raise UserError where the checkpoint's run isn't the one that is asked for (a dictionary of `Run`'s fields)."""
-    there = run._asdict()
-    differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
-    if differing:
-        raise UserError(
-            f"{path} is of another run ({'; '.join(differing).replace('_', ' ')}): --restart trains anew, "
-            "--out DIR keeps both"
-        )
 
 
 # %% The run: training
@@ -1048,10 +1016,8 @@ def get_denoiser(options, model, path):
     """
     device = choose_device(options.device)
     if options.sample_only:
-        ema, run = load_trained(path, model, device)
         typed = {name: getattr(options, name) for name in ("preset", "epochs", "batch_size") if getattr(options, name)}
-        check_same(path, run, typed)
-        return ema, run
+        return load_trained(path, model, device, **typed)
     preset_name = options.preset or ("lecture" if device.type == "cuda" else "small")
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size
@@ -1061,11 +1027,10 @@ def get_denoiser(options, model, path):
         dist.init_process_group()
         if device.type == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
-        if LOCAL_RANK:
-            dist.barrier()  # until the first process of the machine has downloaded what there is to download
-    train_set = load_once(split="train", **DATA)
-    if PROCESSES > 1 and not LOCAL_RANK:
+        if LOCAL_RANK == 0:
+            load_once(split="train", **DATA)  # one process of each machine downloads what there is to download
         dist.barrier()
+    train_set = load_once(split="train", **DATA)
     images, labels = pad(torch.from_numpy(train_set.images)[:, None], preset), torch.from_numpy(train_set.labels)
     sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
     if not sigma_data:
@@ -1074,12 +1039,10 @@ def get_denoiser(options, model, path):
     of_data = train_set.name, len(images), train_set.classes, train_set.images.shape[1:], sigma_data
     run = Run(model.name, *settings, *of_data)
     print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
-    checkpoint = None if options.restart else load_checkpoint(path)
-    if checkpoint:
-        check_same(path, checkpoint["run"], run._asdict())
+    checkpoint = None if options.restart else load_checkpoint(path, **run._asdict())
     if checkpoint and checkpoint["step"] == run.steps:
-        ema, _ = open_trained(checkpoint, path, model, device)
         print("training  finished in an earlier run; --restart trains anew")
+        ema, _ = load_trained(path, model, device)
     else:
         ema = fit(run, model, (images.to(device), labels.to(device)), path, checkpoint)
     if PROCESSES > 1:
@@ -1114,15 +1077,15 @@ def begin(run, model, device, path, checkpoint):
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     max_lr = preset.max_lr * (run.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch_size)
     muon, adamw = make_optimizers(denoiser, max_lr)
-    parts, done, losses = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}, 0, None
+    parts = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}
+    done, losses = 0, torch.full((run.steps,), math.nan)
     if checkpoint:
         restore(checkpoint, path, **parts)
         done, losses = checkpoint["step"], checkpoint["losses"]
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     print(f"network   {run.network}, preset {run.preset}: {sum(p.numel() for p in ema.parameters()):,} parameters")
-    print(f"device    {PROCESSES} × {name}, {'bfloat16' if denoiser.precision else 'float32'}")
+    print(f"device    {PROCESSES} × {device}, {'bfloat16' if denoiser.precision else 'float32'}")
     print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
-    return parts, done, torch.full((run.steps,), math.nan, device=device) if losses is None else losses.to(device)
+    return parts, done, losses.to(device)
 
 
 def fit(run, model, dataset, path, checkpoint):
@@ -1182,10 +1145,14 @@ def plot_losses(title, losses):
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    axes.plot(losses, color="0.8", linewidth=0.7, label="each step")
-    axes.plot(range(window - 1, len(losses)), smooth, color="black", label=f"mean of {window} steps")
-    axes.set(xlabel="step", ylabel="weighted squared error", title=title, ylim=(0, min(1.1, 1.1 * losses.max())))
-    axes.legend()
+    axes.plot(losses, color="0.8", linewidth=0.7)
+    axes.plot(range(window - 1, len(losses)), smooth, color="black")
+    axes.set(
+        title=title,
+        xlabel="step",
+        ylabel=f"loss; black: mean of {window} steps",
+        ylim=(0, min(1.1, 1.1 * losses.max())),
+    )
     return figure
 
 

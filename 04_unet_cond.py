@@ -89,14 +89,8 @@ def show_cost():
     levels = {"xlabel": "side of the level in pixels", "xscale": "log", "yscale": "log"}
     lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept", **levels)
     lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **levels)
-    for axis in axes:
-        axis.set_xticks(sides, [f"{side:.0f}" for side in sides])
-        axis.minorticks_off()
-    ratio = slow / quick
-    figure.suptitle(
-        f"Attention: {ratio[0]:.1f} times the block's time at {sides[0]:.0f} × {sides[0]:.0f}, "
-        f"{ratio[-1]:.1f} times at {sides[-1]:.0f} × {sides[-1]:.0f}"
-    )
+    first, last = (f"{slow[i] / quick[i]:.1f} times at {sides[i]:.0f} × {sides[i]:.0f}" for i in (0, -1))
+    figure.suptitle(f"What attention does to the block's time: {first} pixels, {last}")
     return figure
 
 
@@ -318,12 +312,13 @@ def show_blend():
 # %% 7. Where a pixel looks
 # Lesson 2 opened attention with pixels that looked for what is like them. What has this network learned to look for?
 def catch_weights(layer, denoise, x, sigma):
-    """The weights `(n, heads, h w, h w)` of an attention layer while denoise(x, sigma) runs."""
+    """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
     handle = layer.register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0].float()))
     denoise(x, sigma)
     handle.remove()
-    return layer.weights(caught[0])
+    size = caught[0].shape[2:]  # h w
+    return layer.weights(caught[0]).unflatten(3, size).unflatten(2, size)
 
 
 @lesson1.section
@@ -332,15 +327,13 @@ def show_look():
     blocks = [block for level in denoiser.network.up for block in level]
     layer = [block.attention for block in blocks if not isinstance(block.attention, nn.Identity)][-1]
     label = torch.tensor([len(run.classes) - 1], device=denoiser.device)
-    noise = lesson3.draw_noise(run, [(0, int(label), 0)], denoiser.device)
-    states = list(lesson3.sample(guide(denoiser, label, 0), noise, lesson3.noise_levels(18)))
+    denoise, noise = guide(denoiser, label, 0), lesson3.draw_noise(run, [(0, int(label), 0)], denoiser.device)
+    states = list(lesson3.sample(denoise, noise, lesson3.noise_levels(18)))
     figure, axes = plt.subplots(3, 4, figsize=(8, 6))
     for row, shown in zip(axes, (20, 1, 0.1), strict=True):
         sigma, x, x0_hat = min(states[:-1], key=lambda state: abs(math.log(state[0] / shown)))
-        weights = catch_weights(layer, guide(denoiser, label, 0), x, torch.tensor([sigma]))[0, :3].cpu()
-        side = round((weights.shape[1] * noise.shape[2] / noise.shape[3]) ** 0.5)  # rows of places that attention has
-        looks = weights.unflatten(2, (side, -1)).unflatten(1, (side, -1))  # heads h w h w
-        y, place = round(0.6 * side), round(0.3 * looks.shape[2])
+        looks = catch_weights(layer, denoise, x, torch.tensor([sigma]))[0, :3].cpu()  # heads h w h w
+        y, place = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
         lesson1.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
         for axis, look in zip(row[1:], looks[:, y, place], strict=False):
             far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()
@@ -379,22 +372,21 @@ def work(options):
     guidance = choose_guidance(run.epochs) if options.guidance is None else options.guidance
     starts = [(options.seed, label, index) for label in wanted for index in range(options.n)]
     sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(options.steps))
-    below = GUIDED_BELOW if guidance >= 0 else math.inf  # what leads away from the label does so from the start
-    make_denoise = functools.partial(guide, denoiser, guidance=guidance, below=below)
+    make_denoise = functools.partial(guide, denoiser, guidance=guidance)
     samples = lesson3.sample_images(run, starts, make_denoise, sampler, denoiser.device)
-    title = f"{run.title}, {options.steps} steps, guidance {guidance:g}"
+    title, grid = (
+        f"{run.title}, {options.steps} steps, guidance {guidance:g}",
+        {"rows": run.classes, "columns": options.n},
+    )
     if options.only is not None:
-        lesson3.write_samples(options, f"{run.classes[wanted[0]]}: {title}", samples, columns=8)
-    else:
-        lesson3.write_samples(options, title, samples, run.classes, options.n)
+        title, grid = f"{run.classes[wanted[0]]}: {title}", {"columns": 8}
+    lesson3.write_samples(options, title, samples, **grid)
 
 
 def main():
     parser, group = lesson3.make_run_parser(__file__, __doc__, n=10)
     parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="sample this class only (all)")
-    told = (
-        f"how strongly the label guides; 0: as it is, -1: not at all ({GUIDANCE:g}; after 10 epochs {GUIDANCE_LATER:g})"
-    )
+    told = f"how strongly the label guides, 0 as it is ({GUIDANCE:g}; after 10 epochs {GUIDANCE_LATER:g})"
     parser.add_argument("--guidance", metavar="W", type=lesson3.number(float, -1, 100), help=told)
     group.add_argument("--pretrained", action="store_true", help="sample from the weights in data/pretrained")
     options = parser.parse_args()

@@ -55,7 +55,7 @@ def load_denoiser(path, device):
     model = MODELS.get(checkpoint["run"].network)
     if model is None:
         raise UserError(f"{path}: not a network of these lessons, or of another version of them")
-    return lesson3.open_trained(checkpoint, path, model, device)
+    return lesson3.load_trained(path, model, device)
 
 
 def count_evaluations(method, steps):

@@ -170,6 +170,8 @@ def test_caught_weights_are_those_of_the_layer(lesson3, lesson4, cond_unet):
     seen = []
     layer.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0], output)))
     weights = lesson4.catch_weights(layer, denoiser, torch.randn(2, 2, 8, 12), torch.tensor([1.0, 3.0]))
+    assert weights.shape == (2, layer.attention.heads, 4, 6, 4, 6)
+    weights = weights.flatten(4).flatten(2, 3)  # n heads (h w) (h w)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, layer.attention.heads, 4 * 6))
     ((x, expected),) = seen
     values = layer.attention.split(lesson2.to_tokens(layer.norm(x)))[2]

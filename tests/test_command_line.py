@@ -204,7 +204,6 @@ def test_pretrained_has_its_own_folder_and_guidance(lesson3, lesson4, run, tmp_p
     monkeypatch.setattr(lesson4, "__file__", str(tmp_path / "04_unet_cond.py"))
     asked = []
     monkeypatch.setattr(lesson3, "load_trained", lambda path, *_: (asked.append(path), (None, None))[1])
-    monkeypatch.setattr(lesson3, "check_same", lambda *_: None)
     with pytest.raises(
         AttributeError
     ):  # there is no run to sample from; but by then it is known from where and to where
