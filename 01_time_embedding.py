@@ -254,6 +254,8 @@ def plot_images(axes, images, columns, rows=(), heads=()):
     axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(heads))], heads)
     axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
     axes.xaxis.tick_top()
+    axes.vlines(torch.arange(1, columns) * width - 0.5, -0.5, len(grid) - 0.5, color="0.4", linewidth=0.5)
+    axes.hlines(torch.arange(height, len(grid), height) - 0.5, -0.5, grid.shape[1] - 0.5, color="0.4", linewidth=0.5)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
 

@@ -132,18 +132,15 @@ def show_reach():
     x = nn.Conv2d(1, 16, 1)(images[-1:])  # n c h w
     convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(6)]
     layers = {f"{n} × 3×3": nn.Sequential(*convolutions[:n]) for n in (1, 2, 6)} | {"attention": pixel_attention}
-    figure, axes = plt.subplots(1, 5, figsize=(8, 2.4))
-    lesson1.plot_image(axes[0], images[-1, 0], f"the pixel\n({name})")
-    axes[0].plot(10, 12, "wo", markerfacecolor="none")
-    for axis, (kind, layer) in zip(axes[1:], layers.items(), strict=True):
+    pictures, heads = [images[-1]], ["the image"]
+    for kind, layer in layers.items():
         gradient = influence(layer, x, 12, 10)
         seen = gradient.count_nonzero().item()
         print(f"   {kind}: depends on {seen} of {gradient.numel()} pixels")
-        share = (gradient / gradient.max()).log10()
-        image = lesson1.plot_image(axis, share, f"{kind}\n{seen} pixels", cmap="gray_r", vmin=-6, vmax=0)
-    figure.colorbar(image, ax=axes[-1], label="log₁₀ (gradient / largest)")
-    figure.suptitle("What an output pixel depends on: convolutions see a neighbourhood, attention everything")
-    return figure
+        pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # black: less than a millionth
+        heads.append(f"{kind}\n{seen} pixels")
+    title = f"What an output pixel depends on: a neighbourhood, or everything ({name})"
+    return lesson1.plot_grid(title, torch.stack(pictures), 5, heads=heads)
 
 
 # %% 4. What flattening loses
@@ -165,19 +162,17 @@ def show_shuffled_pixels():
     torch.manual_seed(0)
     images, _, name = load_garments()
     x = nn.Conv2d(1, 8, 1)(images[-1:]).detach().double()  # n c h w: eight channels, each pixel for itself
-    order = torch.randperm(28 * 28)
-    figure, axes = plt.subplots(2, 3, figsize=(7, 5.2))
+    order, pictures = torch.randperm(28 * 28), []
     layers = {"attention": pixel_attention, "convolution": nn.Conv2d(8, 8, 3, padding=1).double()}
-    for row, (kind, layer) in zip(axes, layers.items(), strict=True):
+    for kind, layer in layers.items():
         plain, shuffled = layer(x).detach(), layer(permute_pixels(x, order)).detach()
         restored = permute_pixels(shuffled, order.argsort())
-        error = relative_error(restored, plain)
-        print(f"   {kind} of shuffled pixels, put back in order: relative difference {error:.0e}")
-        titles = (f"{kind} of the garment", "of its shuffled pixels", f"put back in order: off by {error:.0e}")
-        for axis, image, title in zip(row, (plain, shuffled, restored), titles, strict=True):
-            lesson1.plot_image(axis, image[0, 0], title, vmin=plain[0, 0].min(), vmax=plain[0, 0].max())
-    figure.suptitle(f"Attention can't tell neighbours from strangers ({name})")
-    return figure
+        print(f"   {kind}, its pixels put back in order: relative difference {relative_error(restored, plain):.0e}")
+        low, high = plain[0, 0].min(), plain[0, 0].max()
+        pictures += [2 * (part[0, :1] - low) / (high - low) - 1 for part in (plain, shuffled, restored)]
+    heads = ("of the garment", "of shuffled pixels", "put back in order")
+    title = f"Attention can't tell neighbours from strangers ({name})"
+    return lesson1.plot_grid(title, torch.stack(pictures), 3, list(layers), heads)
 
 
 # %% 5. Why the scores are divided by √d
@@ -282,17 +277,11 @@ def show_rearrange():
     except EinopsError as error:
         print(f"   32 channels, 5 heads: {str(error).splitlines()[-1].strip()}")
     images, _, name = load_garments()
-    tokens = rearrange(images[torch.arange(6) % len(images), 0], "n h w -> (h w) n")
-    pictures = {
-        "rearranged": rearrange(tokens, "(h w) n -> n h w", h=28),
-        "reshaped to n h w": tokens.reshape(6, 28, 28),
-    }
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3))
-    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-        grid = rearrange(picture, "(rows columns) h w -> (rows h) (columns w)", rows=2)
-        lesson1.plot_image(axis, grid, title)
-    figure.suptitle(f"From tokens (h w) n: reshape gives wrong pixels without an error ({name})")
-    return figure
+    tokens = rearrange(images[:6, 0], "n h w -> (h w) n")
+    n = tokens.shape[1]
+    pictures = torch.cat([rearrange(tokens, "(h w) n -> n h w", h=28), tokens.reshape(n, 28, 28)])[:, None]
+    title = f"From tokens (h w) n: reshape gives wrong pixels without an error ({name})"
+    return lesson1.plot_grid(title, pictures, n, ["rearrange", "reshape"])
 
 
 # %% 8. Several heads
@@ -418,11 +407,9 @@ def show_ears():
         for head, (left, right) in enumerate(shares, 1):
             print(f"      head {head} gives {left:.0%} of its weight to the left ear, {right:.0%} to the right one")
             panels[f"head {head} of {heads}"] = heard[0, head - 1]
-    figure, axes = plt.subplots(1, 4, figsize=(8, 2.5))
-    for axis, (title, panel) in zip(axes, panels.items(), strict=True):
-        lesson1.plot_image(axis, panel.unflatten(0, (SIDE, SIDE)), title, cmap="gray_r", vmin=0, vmax=1)
-    figure.suptitle("What is heard: one head loses one of the ears, or mixes them; two heads keep them apart")
-    return figure
+    pictures = torch.stack(list(panels.values())).view(-1, 1, SIDE, SIDE)  # weights, from 0 to 1
+    title = "One head loses one of the ears, or mixes them; two heads keep them apart"
+    return lesson1.plot_grid(title, 2 * pictures - 1, 4, heads=panels)
 
 
 # %% 10. Against PyTorch's own
@@ -675,12 +662,9 @@ def show_convolution():
     print(f"   16 to 32 channels, 28 × 28: relative difference {error:.0e}")
     layer = attention_from_convolution(nn.Conv2d(1, 1, 3, padding=1))
     corner = layer.scores(5, 5).softmax(dim=-1)[:, 0]  # heads (h w + 1): of the pixel in the top left corner
-    figure, axes = plt.subplots(1, 9, figsize=(8, 1.7))
-    for axis, head in zip(axes, corner, strict=True):
-        image = head[:-1].unflatten(0, (5, 5))
-        lesson1.plot_image(axis, image, f"zeros:\n{head[-1]:.0%}", cmap="gray_r", vmin=0, vmax=1)
-    figure.suptitle("What each of nine heads hears, asked by the pixel in the top left corner")
-    return figure
+    heads = [f"zeros:\n{head[-1]:.0%}" for head in corner]
+    title = "What each of nine heads hears, asked by the pixel in the top left corner"
+    return lesson1.plot_grid(title, 2 * corner[:, :-1].detach().view(9, 1, 5, 5) - 1, 9, heads=heads)
 
 
 # %% The command

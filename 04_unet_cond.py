@@ -126,8 +126,8 @@ def show_reach():
         seen = gradient.count_nonzero().item()
         print(f"   {name}: an output pixel depends on {seen} of {side**2} pixels, without attention and norms")
         share = (gradient / gradient.max()).log10()
-        lesson1.plot_image(axis, share, f"{name}: {seen} of {side**2} pixels", cmap="gray_r", vmin=-6, vmax=0)
-    figure.suptitle("What an output pixel depends on in the U-Net without attention\n(black: most; white: a millionth)")
+        lesson1.plot_image(axis, share, f"{name}: {seen} of {side**2} pixels", vmin=-6, vmax=0)
+    figure.suptitle("What an output pixel depends on in the U-Net without attention\n(white: most; black: a millionth)")
     return figure
 
 

@@ -40,20 +40,6 @@ def redraw():
 
 
 @pytest.fixture
-def run_sections(lesson3, tmp_path, monkeypatch, capsys):
-    """run_sections(script): all its sections, with drawn garments; returns what they print, and their pictures'
-    names."""
-    monkeypatch.setitem(lesson3.DATA, "name", "garments")
-    monkeypatch.setitem(lesson3.DATA, "data_dir", None)
-
-    def run_sections(script):
-        lesson3.lesson1.run_sections(vars(script), tmp_path)
-        return capsys.readouterr().out, sorted(path.name for path in tmp_path.iterdir())
-
-    return run_sections
-
-
-@pytest.fixture
 def compare(request):
     """compare(piece, result, expected, tolerance): assert that no two numbers are further apart than the tolerance, and
     remember the largest difference for the table at the end.

@@ -1,11 +1,9 @@
 """Lesson 3: the U-Net and its parts, the denoiser, the samplers against closed forms, training, checkpoints."""
 
 import copy
-import functools
 import io
 import math
 import os
-import re
 import zipfile
 from itertools import pairwise
 from unittest import mock
@@ -431,30 +429,6 @@ def test_skips_help(lesson3):
     images[:, :, ::3] = torch.linspace(-1, 1, 16).view(16, 1, 1, 1)
     losses = [np.mean(lesson3.train_skips(cut, images, steps=40)[1][-10:]) for cut in (False, True)]
     assert losses[0] < 0.8 * losses[1]
-
-
-def test_all_sections_say_and_draw_what_they_should(lesson3, run_sections, monkeypatch):
-    def shortly(train, times, *told):  # two steps, and their losses again and again, as many as are to be drawn
-        trained, losses = train(*told, steps=2)
-        return trained, times * losses
-
-    for name, times in (("train_skips", 50), ("train_small", 60)):
-        monkeypatch.setattr(lesson3, name, functools.partial(shortly, getattr(lesson3, name), times))
-    levels = lesson3.noise_levels
-    monkeypatch.setattr(lesson3, "noise_levels", lambda steps: levels(min(steps, 50)))
-    printed, pictures = run_sections(lesson3)
-    titles = re.findall(r"^\d+\. (.+)", printed, flags=re.MULTILINE)
-    assert len(titles) == 12
-    silent = ("block", "saved", "layers", "time")
-    drawn = [(number, name) for number, name in enumerate(titles, 1) if name not in silent]
-    assert pictures == [f"{number:02}_{name.replace(' ', '_')}.png" for number, name in drawn]
-    assert "by hand or by sample, largest difference: 0\n" in printed
-    assert "SavedConv -> Saved -> Conv2d: runs Saved.forward; is a convolution: True; has saved (2, 4, 6, 6)" in printed
-    assert "MixedInBehind -> Conv2d" in printed and "has saved nothing" in printed
-    by_batch, by_group = re.findall(r"(\w+)% *$", "\n".join(re.findall(r"activations change by.*", printed)), re.M)
-    assert by_group == "0" and int(by_batch) > 10
-    ddim, dpm = (re.search(rf"{method} +(.*)", printed)[1].split() for method in ("ddim", r"dpm\+\+"))
-    assert all(float(a) > float(b) for a, b in zip(ddim[2:], dpm[2:], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Lesson 4: attention where it is asked for, labels, guidance."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -195,18 +194,3 @@ def test_the_weights_that_come_with_it_load(lesson3, lesson4):
     assert not denoiser.training
     assert not any(parameter.requires_grad or not parameter.isfinite().all() for parameter in denoiser.parameters())
     assert denoiser.network.middle[0].attention.attention.proj.weight.any()  # a new one is silent
-
-
-def test_all_sections_say_and_draw_what_they_should(lesson3, lesson4, run_sections, monkeypatch):
-    few = lesson3.noise_levels(3)  # long samples are the business of tests/measure_quality.py
-    monkeypatch.setattr(lesson3, "noise_levels", lambda steps: few)
-    monkeypatch.setitem(lesson4.TRAINED, "path", lesson4.PRETRAINED)
-    monkeypatch.setitem(lesson4.TRAINED, "device", "cpu")
-    lesson4.load.cache_clear()
-    printed, pictures = run_sections(lesson4)
-    names = ["cost", "reach", "labels", "line", "guidance", "blend", "look"]
-    assert pictures == [f"{number:02}_{name}.png" for number, name in enumerate(names, 1)]
-    assert re.findall(r"^\d\. (\w+)", printed, flags=re.MULTILINE) == names
-    (away,) = re.findall(r"at sigma 3: (.*) away", printed)
-    away = [float(number) for number in away.split(", ")]
-    assert away == pytest.approx([away[3] * abs(w) for w in (-1, 0, 0.5, 1, 3)], abs=0.02)

@@ -1,12 +1,16 @@
-"""Every section of the four scripts runs cell by cell in IPython, its picture under its cell. The file is also what the
-subprocess runs: what takes long is cut short, nothing else is changed."""
+"""Every section of the four scripts runs cell by cell in IPython, its picture under its cell, and says what is so. The
+file is also what the subprocesses run: what takes long is cut short, nothing else is changed."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 FEW = {"\nimport data\n": "\nimport data\ndata.garments.SPLITS.update(train=500, test=100)\n"}
@@ -29,7 +33,8 @@ SHORTER = {
 
 
 def run_cells(script):
-    """Of each cell of a script, in IPython: its title, and how many pictures are open after it."""
+    """Of each cell of a script, in IPython: its title, what it prints, whether it draws, and how many pictures are open
+    after it."""
     import matplotlib
     import matplotlib.pyplot as plt
     from IPython.core.interactiveshell import InteractiveShell
@@ -40,33 +45,58 @@ def run_cells(script):
     for before, after in SHORTER[script].items():
         assert before in text, before
         text = text.replace(before, after)
-    cells = re.split(r"^(?=# %%)", text, flags=re.MULTILINE)
-    for cell in cells:
-        shell.run_cell(cell).raise_error()
-        yield cell.partition("\n")[0], len(plt.get_fignums()), "return figure" in cell or "return lesson" in cell
+    for cell in re.split(r"^(?=# %%)", text, flags=re.MULTILINE):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            shell.run_cell(cell).raise_error()
+        draws = "return figure" in cell or "return lesson" in cell
+        yield cell.partition("\n")[0], printed.getvalue(), draws, len(plt.get_fignums())
         plt.close("all")
 
 
-def test_every_cell_runs_in_order_and_shows_its_picture(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """Of each script, what `run_cells` yields."""
+    folder = tmp_path_factory.mktemp("cells")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1"}
     environment.pop("FASHION_MNIST_DIR", None)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
-        )
-        for script in SHORTER
-    ]
+    options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, __file__, script], **options) for script in SHORTER]
+    cells = {}
     for script, process in zip(SHORTER, processes, strict=True):
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-        cells = json.loads(output.splitlines()[-1])
-        sections = [cell for cell in cells if re.match(r"# %% \d", cell[0])]
-        assert len(sections) >= 6, script
-        for title, pictures, draws in sections:
-            assert pictures == draws, f"{script}: {title}"
-        assert all(pictures == 0 for title, pictures, _ in cells if [title, pictures, _] not in sections)
-    assert [path.name for path in tmp_path.iterdir() if path.suffix in (".png", ".pt")] == []  # nothing was trained
+        cells[script] = json.loads(output.splitlines()[-1])
+    assert not [path for path in folder.iterdir() if path.suffix in (".png", ".pt")]  # nothing was trained
+    return cells
+
+
+@pytest.mark.parametrize(("script", "sections"), [*zip(SHORTER, (6, 13, 12, 7), strict=True)])
+def test_every_cell_runs_in_order_and_shows_its_picture(cells, script, sections):
+    numbers = [re.match(r"# %% (\d+)", title) for title, *_ in cells[script]]
+    assert [int(number[1]) for number in numbers if number] == list(range(1, sections + 1))
+    for number, (title, printed, draws, pictures) in zip(numbers, cells[script], strict=True):
+        assert pictures == (draws if number else 0), title
+        assert (printed != "") >= (number is not None and not draws), title
+
+
+def test_what_lesson_3_prints_is_so(cells):
+    printed = "".join(output for _, output, *_ in cells["03_unet_uncond.py"])
+    by_batch, by_group = re.findall(r"activations change by (\d+)%", printed)
+    assert int(by_batch) > 10 and by_group == "0"
+    assert "SavedConv -> Saved -> Conv2d: runs Saved.forward; is a convolution: True; has saved (2, 4, 6, 6)" in printed
+    assert re.search(r"MixedInBehind -> Conv2d .* has saved nothing", printed)
+    assert "by hand or by sample, largest difference: 0\n" in printed
+    ddim, dpm = (re.search(rf"{method} +(.*)", printed)[1].split() for method in ("ddim", r"dpm\+\+"))
+    assert all(float(a) > float(b) for a, b in zip(ddim[2:], dpm[2:], strict=True))
+
+
+def test_what_lesson_4_prints_is_so(cells):
+    printed = "".join(output for _, output, *_ in cells["04_unet_cond.py"])
+    (away,) = re.findall(r"at sigma 3: (.*) away", printed)
+    away = [float(number) for number in away.split(", ")]
+    assert away == pytest.approx([away[3] * abs(w) for w in (-1, 0, 0.5, 1, 3)], abs=0.02)
+    assert [int(seen) for seen in re.findall(r"depends on (\d+) of", printed)] == [196, 1024]
 
 
 if __name__ == "__main__":
-    print(json.dumps([[title, pictures, bool(draws)] for title, pictures, draws in run_cells(sys.argv[1])]))
+    print(json.dumps(list(run_cells(sys.argv[1]))))
