@@ -37,9 +37,9 @@ def section(show):
 # large weights, and it is slow to find them (Tancik et al. 2020).
 #
 # Clocks have solved this. The second hand tells neighbouring moments apart, the hour hand tells three from nine, and no
-# hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its frequency.
-# Every hand is slower than the one before it by one and the same factor: the frequencies are powers of one number, with
-# evenly spaced exponents.
+# hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its frequency
+# (an angle in radians; a full turn takes 2π / frequency). Every hand is slower than the one before it by one and the
+# same factor: the frequencies are powers of one number, with evenly spaced exponents.
 @section
 def show_clock():
     times = torch.tensor([50.0, 51.0, 900.0])
@@ -60,16 +60,16 @@ def show_clock():
 def timestep_embedding(timesteps, dim, max_period=10_000):
     """Sines and cosines of each time, at `dim // 2` frequencies from 1 down to `1 / max_period`.
 
-    timesteps: `(n,)`, any real numbers. dim: at least 2; an odd one is padded with a column of zeros. max_period: at
-    least 1; the fastest hand takes `2 pi` for a turn, the slowest `2 pi max_period`. Returns `(n, dim)`, sines first,
-    in the type of `timesteps` (float32 for integers). Raises ValueError for other shapes and ranges.
+    timesteps: `(n,)`. dim: at least 2; an odd one is padded with a column of zeros. max_period: at least 1; the fastest
+    hand takes `2 pi` for a turn, the slowest `2 pi max_period`. Returns `(n, dim)`, sines first, in the type of
+    `timesteps` (float32 for integers). Raises ValueError for other shapes and ranges.
 
     Vaswani et al. 2017, section 3.5, with the ends of the frequencies as in Ho et al. 2020.
     """
-    if timesteps.ndim != 1 or timesteps.is_complex() or dim < 2 or not 1 <= max_period < math.inf:
+    if timesteps.ndim != 1 or dim < 2 or not 1 <= max_period < math.inf:
         raise ValueError(
-            "need real timesteps of shape (n,), dim >= 2 and a finite max_period >= 1, "
-            f"got {timesteps.dtype} of shape {tuple(timesteps.shape)}, {dim} and {max_period}"
+            "need timesteps of shape (n,), dim >= 2 and a finite max_period >= 1, "
+            f"got shape {tuple(timesteps.shape)}, {dim} and {max_period}"
         )
     dtype = timesteps.dtype if timesteps.is_floating_point() else torch.float32
     t = timesteps.to(torch.promote_types(dtype, torch.float32))  # in half precision, an angle near 1000 is off by 0.25
@@ -85,23 +85,23 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
 def show_steps():
     t, exponents = torch.arange(100.0), torch.linspace(0, 1, 8)
     matrix = timestep_embedding(t, 16)  # 100 16
-    print("   exponents:       ", *(f"{exponent:7.3f}" for exponent in exponents))
-    print("   angles at t = 50:", *(f"{angle:7.3f}" for angle in 50 * 10_000**-exponents))
-    print("   matrix:          ", *matrix.shape)
+    frequencies = 10_000**-exponents
+    for name, row in {"exponents": exponents, "frequencies": frequencies, "angles, t = 50": 50 * frequencies}.items():
+        print(f"   {name:14}", *(f"{value:8.4f}" for value in row))
+    print(f"   matrix {tuple(matrix.shape)}")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True)
-    left.plot(t, torch.arange(16) - 0.45 * matrix, color="black")
+    left.plot(t, torch.arange(16) - 0.45 * matrix, color="black")  # minus: the axis that they share points down
     right.imshow(matrix.T.numpy(), aspect="auto")
     left.set(title="Each column is a wave", xlabel="t", ylabel="column")
     right.set(title="The 100 × 16 matrix, lying on its side", xlabel="t")
-    figure.suptitle("Eight sines (0 to 7), eight cosines (8 to 15): fast columns first, then slow ones")
+    figure.suptitle("Eight sines (0 to 7), eight cosines (8 to 15), each from fast to slow")
     return figure
 
 
 # %% 3. What the clock buys, and what it costs
-# Embedded, near times are as far apart as the fast hands can tell, which is a good part of the largest distance that
-# there is. The price is at the other end: far and very far are much the same. Seen from 370, the times 0 and 500 are
-# about equally far, though one is three times as far away. The slow hands know better, but it is left to the network to
-# listen to them.
+# Embedded, the fast hands keep near times apart, by a good part of the largest distance that there is. The price is at
+# the other end: far and very far are much the same. Seen from 370, the times 0 and 500 are about equally far, though
+# one is three times as far away. The slow hands know better, but it is left to the network to listen to them.
 def distances(rows, origin):
     """How far each row is from row `origin`, in units of the distance from first to last: `(n, columns)` -> `(n,)`."""
     return (rows - rows[origin]).norm(dim=1) / (rows[-1] - rows[0]).norm()
@@ -118,16 +118,16 @@ def show_distances():
     axes.set(xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
     axes.legend()
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    figure.suptitle(f"Embedded, 380 is {ratio:.0f} times as far from 370; beyond that, all is about equally far")
+    figure.suptitle(f"Embedded, 380 is {ratio:.0f} times as far from 370; after that, the distance grows slowly")
     return figure
 
 
 # %% 4. max_period must fit the range of t
-# It says how slow the slowest hand is. If it is small for the range of t, even that hand goes round again and again,
+# It says how slow the slowest hand is. If it is small for the range of t, even that hand goes round more than once,
 # and none tells early from late. If it is large, the slow hands hardly leave their place, and their columns say
 # nothing. The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017); diffusion models took it
-# over for t = 0, 1, ..., 999. The lecture leaves it at that, but its conditional model (notebook 28) puts in t from 0
-# to 1, where most columns stand still.
+# over for t = 0, 1, ..., 999. The lecture keeps it, too, though its conditional model (notebook 28) puts in t from 0 to
+# 1, where most columns stand still.
 def count_still(columns):
     """How many columns of `(n, dim)` move by less than 1 % of a full swing, which for a sine is from -1 to 1."""
     return int((columns.amax(dim=0) - columns.amin(dim=0) < 0.02).sum())
@@ -135,24 +135,24 @@ def count_still(columns):
 
 @section
 def show_max_period():
-    still = count_still(timestep_embedding(torch.linspace(0, 1, 2001), 64))
-    print(f"   t from 0 to 1 in 64 columns, max_period 10000: {still} stand still")
     figure, axes = plt.subplots(1, 4, figsize=(8, 3), sharey=True)
     for axis, (last, max_period) in zip(axes, ((99, 10), (99, 100), (99, 10_000), (1, 10_000)), strict=True):
         matrix = timestep_embedding(torch.linspace(0, last, 100), 16, max_period)
         axis.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, extent=(0, last, 15.5, -0.5))
-        axis.set(xlabel="t", title=f"max_period {max_period}:\n{count_still(matrix)} of 16 still")
+        still = count_still(matrix)
+        print(f"   t from 0 to {last}, max_period {max_period}: {still} of 16 columns stand still")
+        axis.set(xlabel="t", title=f"max_period {max_period}:\n{still} of 16 still")
     axes[0].set_ylabel("column")
     figure.suptitle("Too small: no slow columns. Too large for the range of t: columns that stand still")
     return figure
 
 
 # %% 5. An aside: "3 later" is a rotation
-# The U-Net makes no use of it, but positions in a transformer do. "3 later" turns each hand by an angle of its own,
-# whatever the time is. And turning is linear: sin(a + b) and cos(a + b) are sums of sin(a) and cos(a), with weights
-# that depend on b alone. So it is one matrix for all times, and a single linear layer can learn it. A rotation changes
-# neither lengths nor angles; so the dot product of two embeddings cannot depend on when they are, but only on how far
-# apart: it is the sum of cos(frequency * distance).
+# The U-Net makes no use of it, but transformers were given it for their positions. "3 later" turns each hand by an
+# angle of its own, whatever the time is. And turning is linear: sin(a + b) and cos(a + b) are sums of sin(a) and
+# cos(a), with weights that depend on b alone. So it is one matrix for all times, and a single linear layer can learn
+# it. A rotation changes neither lengths nor angles; so the dot product of two embeddings cannot depend on when they
+# are, but only on how far apart: it is the sum of cos(frequency * distance).
 def rotation(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t; dim is even.
 
@@ -175,43 +175,47 @@ def show_rotation():
     figure, axes = plt.subplots(figsize=(6, 4.2))
     figure.colorbar(axes.imshow(dots.numpy()), ax=axes)
     axes.set(xlabel="t", ylabel="t")
-    figure.suptitle("Dot products of all pairs: one value a diagonal")
+    figure.suptitle("Dot products of all pairs: constant along each diagonal")
     return figure
 
 
 # %% 6. From the embedding to a layer: scale and shift
 # Behind the embedding stands a small network, as in the lecture: hands that each tell one scale become whatever is
 # useful to know. It runs once for the whole U-Net.
-class TimeEmbedding(nn.Sequential):
-    """Times `(n,)` to vectors `(n, 4 * columns)`: sines and cosines, then two linear layers."""
+class TimeEmbedding(nn.Module):
+    """Times `(n,)` to vectors `(n, 4 * dim)`: sines and cosines in dim columns, then two linear layers."""
 
-    def __init__(self, columns):
-        super().__init__(nn.Linear(columns, 4 * columns), nn.SiLU(), nn.Linear(4 * columns, 4 * columns))
+    def __init__(self, dim):
+        super().__init__()
+        self.linear1 = nn.Linear(dim, 4 * dim)
+        self.linear2 = nn.Linear(4 * dim, 4 * dim)
 
     def forward(self, timesteps):
-        return super().forward(timestep_embedding(timesteps, self[0].in_features))
+        h = self.linear1(timestep_embedding(timesteps, self.linear1.in_features))
+        return self.linear2(F.silu(h))  # SiLU, x · sigmoid(x), is a smooth ReLU
 
 
 # The vector is one for a whole image, while a convolution works on pixels. So a linear layer in each block turns it
 # into two numbers for each channel, the same for all its pixels. What a channel has found can so be turned up at one
 # time and switched off at another. Lesson 3 says where in a block this stands, and why.
-class ScaleShift(nn.Linear):
+class ScaleShift(nn.Module):
     """Multiplies and shifts each channel by what the vector says (Dhariwal and Nichol 2021, section 3.1)."""
 
     def __init__(self, embedding_dim, channels):
-        super().__init__(embedding_dim, 2 * channels)
+        super().__init__()
+        self.linear = nn.Linear(embedding_dim, 2 * channels)
 
     def forward(self, x, embedding):
         """x and the result: `(n, channels, h, w)`; embedding: `(n, embedding_dim)`."""
-        scale, shift = super().forward(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)  # n channels 1 1, each
+        scale, shift = self.linear(F.silu(embedding))[:, :, None, None].chunk(2, dim=1)  # n channels 1 1, each
         return (1 + scale) * x + shift  # scale = shift = 0 leaves x as it is
 
 
 @section
 def show_scale_shift():
     torch.manual_seed(0)
-    embed, layer = TimeEmbedding(columns=16), ScaleShift(64, channels=4)
-    nn.init.normal_(layer.weight, std=1.5)  # a new layer hardly moves; this one's weights are larger, to be seen
+    embed, layer = TimeEmbedding(dim=16), ScaleShift(4 * 16, channels=4)
+    nn.init.normal_(layer.linear.weight, std=1.5)  # a new layer hardly moves; this one's weights are larger, to be seen
     t = torch.linspace(0, 100, 401)
     x = F.interpolate(torch.randn(1, 4, 4, 4), size=(16, 16), mode="bicubic").expand(401, -1, -1, -1)  # smooth blobs
     with torch.no_grad():
@@ -222,7 +226,9 @@ def show_scale_shift():
     axes.imshow(rearrange(y[::80], "t c h w -> (c h) (t w)").numpy())
     axes.set_xticks(range(8, 96, 16), [f"t = {time:.0f}" for time in t[::80]])
     axes.set_yticks(range(8, 64, 16), [f"channel {channel}" for channel in range(4)])
-    axes.set_title(f"One input, at six times: the output moves by up to {moved.max():.0%} of its size")
+    axes.set_title(
+        f"Untrained, with large weights: one input at six times, moved by up to {moved.max():.0%} of its size"
+    )
     return figure
 
 
@@ -245,13 +251,13 @@ def plot_image(axes, image, title, **options):
     return axes.imshow(image.numpy(), **options)
 
 
-def plot_images(axes, images, columns, rows=(), heads=()):
+def plot_images(axes, images, columns, rows=(), titles=()):
     """Images `(n, 1, h, w)` in [-1, 1] in a grid, row by row, with a name for each row and each column if given."""
     _, _, height, width = images.shape
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=-1)  # what is missing is background
     grid = rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
     axes.imshow(grid.numpy(), vmin=-1, vmax=1)
-    axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(heads))], heads)
+    axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(titles))], titles)
     axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
     axes.xaxis.tick_top()
     axes.vlines(torch.arange(1, columns) * width - 0.5, -0.5, len(grid) - 0.5, color="0.4", linewidth=0.5)
@@ -260,12 +266,12 @@ def plot_images(axes, images, columns, rows=(), heads=()):
     axes.spines[:].set_visible(False)
 
 
-def plot_grid(title, images, columns, rows=(), heads=()):
+def plot_grid(title, images, columns, rows=(), titles=()):
     """A figure of such a grid alone."""
     scale = min(12, max(4, 0.8 * columns)) / columns  # inches an image
     width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
-    figure, axes = plt.subplots(figsize=(max(7, width), height + 0.3 * bool(heads)))
-    plot_images(axes, images, columns, rows, heads)
+    figure, axes = plt.subplots(figsize=(max(7, width), height + 0.3 * bool(titles)))
+    plot_images(axes, images, columns, rows, titles)
     figure.suptitle(title)
     return figure
 

@@ -21,15 +21,19 @@ from torch import nn
 
 import data
 
-lesson1 = importlib.import_module("01_time_embedding")
+lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` is no Python: a name begins with a letter
 
 
 # %% 1. A weighted average
 # Attention works on a sequence of tokens, rows of numbers. Each token has a query (what it looks for), a key (what it
 # offers to be found by) and a value (what it has to say). How well a query fits a key is their dot product, the score.
-# Softmax turns the scores of one query into weights, and with these the token averages the values of all tokens.
+# Softmax turns the scores of one query into weights, and with these the token averages the values of all tokens: it
+# *hears* them, we say.
+#
+# Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; s tokens, each d wide;
+# (h w) is one axis. `.mT` swaps the last two.
 def attention_weights(q, k):
-    """How much each token hears of each: queries and keys `(..., s, d)` to weights `(..., s, s)`, whose rows sum to 1.
+    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i hears of each; its sum is 1.
 
     Vaswani et al. 2017, section 3.2.1.
     """
@@ -47,17 +51,20 @@ def attention(q, k, v):
 @lesson1.section
 def show_average():
     torch.manual_seed(0)
-    q, k, v = 3 * torch.randn(3, 64, 16)  # s d, each
-    weights, averages = attention_weights(q, k), attention(q, k, v)  # s s; s d
+    q, k, v = torch.randn(3, 64, 16)  # s d, each
+    weights, averages, sums = attention_weights(q, k), attention(q, k, v), q @ k.mT / 4 @ v  # s s; s d; s d
     print(f"   q, k, v {tuple(q.shape)} -> weights {tuple(weights.shape)} -> averages {tuple(averages.shape)}")
     print(f"   a row sums to one but for {(weights.sum(dim=-1) - 1).abs().max():.0e}; least weight {weights.min():.0e}")
-    print(f"   values from {v.min():.1f} to {v.max():.1f}, averages from {averages.min():.1f} to {averages.max():.1f};")
-    print(f"   without softmax, scores as weights: up to {(q @ k.mT @ v).abs().max():,.0f}")
+    print("   of channel 0, values, averages, and sums with the scores themselves as weights:")
+    print(
+        *(f"      from {part[:, 0].min():.1f} to {part[:, 0].max():.1f}\n" for part in (v, averages, sums)),
+        sep="",
+        end="",
+    )
 
 
 # %% 2. An image is a sequence of pixels
-# The lecture flattens an image: each pixel is a token, row after row. Shapes in comments are written as einops writes
-# them: n images, c channels, h rows, w columns; (h w) is one axis.
+# The lecture flattens an image: each pixel is a token, row after row.
 def to_tokens(x):
     """Activations `(n, c, h, w)` as one token for each pixel, `(n, h w, c)`."""
     return x.flatten(2).transpose(1, 2)  # n c h w -> n c (h w) -> n (h w) c
@@ -109,9 +116,9 @@ def show_one_pixel():
 
 
 # %% 3. Why at all: the rabbit's ear
-# One ear of a rabbit has its colour: how does the other ear, on the far side of the image, get the same? By
-# convolutions of stride 1 alone, only step by step. What an output pixel depends on is told by its gradient with
-# respect to each input pixel: where no path leads, it is exactly zero.
+# One ear of a rabbit has its colour: how does the other ear, on the far side of the image, get the same? Convolutions
+# of 3×3 pixels carry it one pixel a layer. What an output pixel depends on (here, one of a garment's) is told by its
+# gradient with respect to each input pixel: where no path leads, it is exactly zero.
 def influence(layer, x, row, column):
     """How much each pixel of x `(n, c, h, w)` bears on one pixel of `layer(x)`: the size of the gradient, `(h, w)`."""
     x = x.detach().requires_grad_()
@@ -132,19 +139,19 @@ def show_reach():
     x = nn.Conv2d(1, 16, 1)(images[-1:])  # n c h w
     convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(6)]
     layers = {f"{n} × 3×3": nn.Sequential(*convolutions[:n]) for n in (1, 2, 6)} | {"attention": pixel_attention}
-    pictures, heads = [images[-1]], ["the image"]
+    pictures, titles = [images[-1]], ["the image"]
     for kind, layer in layers.items():
         gradient = influence(layer, x, 12, 10)
         seen = gradient.count_nonzero().item()
         print(f"   {kind}: depends on {seen} of {gradient.numel()} pixels")
-        pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # black: less than a millionth
-        heads.append(f"{kind}\n{seen} pixels")
+        pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
+        titles.append(f"{kind}\n{seen} pixels")
     title = f"What an output pixel depends on: a neighbourhood, or everything ({name})"
-    return lesson1.plot_grid(title, torch.stack(pictures), 5, heads=heads)
+    return lesson1.plot_grid(title, torch.stack(pictures), 5, titles=titles)
 
 
 # %% 4. What flattening loses
-# It is lost which tokens were neighbours. Attention has no notion of a place, so permuting its input permutes its
+# Which tokens were neighbours, is lost. Attention has no notion of a place, so permuting its input permutes its
 # output and does nothing else. A U-Net can live with that, because the convolutions around the attention have put
 # something of its neighbourhood into each pixel. A transformer (section 12) has to be told the places.
 def permute_pixels(x, order):
@@ -170,18 +177,18 @@ def show_shuffled_pixels():
         print(f"   {kind}, its pixels put back in order: relative difference {relative_error(restored, plain):.0e}")
         low, high = plain[0, 0].min(), plain[0, 0].max()
         pictures += [2 * (part[0, :1] - low) / (high - low) - 1 for part in (plain, shuffled, restored)]
-    heads = ("of the garment", "of shuffled pixels", "put back in order")
+    titles = ("of the garment", "of shuffled pixels", "put back in order")
     title = f"Attention can't tell neighbours from strangers ({name})"
-    return lesson1.plot_grid(title, torch.stack(pictures), 3, list(layers), heads)
+    return lesson1.plot_grid(title, torch.stack(pictures), 3, list(layers), titles)
 
 
 # %% 5. Why the scores are divided by √d
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, it has
-# variance d: the wider the tokens, the farther apart the scores, until softmax gives all the weight to one winner. The
-# farther one leads, the less it matters by how much: hardly any gradient comes through, and hardly anything is learned.
+# variance d: the wider the tokens, the farther apart the scores, until softmax gives all the weight to one winner. Then
+# a small change of the scores changes nothing: no gradient comes through, and nothing is learned.
 def entropy(weights):
     """Of each row of weights `(..., s)`, in bits: 0 where one token has all, log2(s) where all have the same."""
-    return -torch.xlogy(weights, weights).sum(dim=-1) / math.log(2)
+    return -torch.xlogy(weights, weights).sum(dim=-1) / math.log(2)  # xlogy: w log w, and 0 log 0 is 0
 
 
 def gradient_through(weights):
@@ -210,11 +217,13 @@ def show_division():
 
 
 # %% 6. A layer
-# Queries, keys and values are three learned projections of the same tokens. Four things make a layer of it: a norm in
-# front, so that scores don't grow with x (a group norm, which knows nothing of the other images; lesson 3 says more);
-# the projections; one more behind, which decides what becomes of what was heard; and a residual.
+# A layer is a group norm, so that scores don't grow with x (lesson 3 says why this norm); three learned projections of
+# the same tokens, the queries, keys and values; attention; an output projection; and a residual.
 class SelfAttention(nn.Module):
-    """Every pixel hears all pixels, and adds what it hears to itself. Activations `(n, c, h, w)` in and out."""
+    """Every pixel hears all pixels, and adds what it hears to itself. Activations `(n, c, h, w)` in and out.
+
+    Ho et al. 2020, appendix B.
+    """
 
     def __init__(self, channels, groups=1):
         super().__init__()
@@ -252,7 +261,8 @@ def show_layer():
 
 # %% 7. rearrange
 # view moves no axis at all, permute moves them by number; rearrange moves them by name. So it can be read, and it can
-# check what it is given. Each entry: what rearrange is told, of tokens or of images, and the same by hand.
+# check what it is given. Brackets on the left split an axis (then sizes are given, all but one), on the right they join
+# axes. Each entry: a shape, what rearrange is told, and the same by hand.
 TOKENS, IMAGES = (2, 64, 32), (2, 32, 8, 8)
 GALLERY = [
     (TOKENS, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
@@ -260,7 +270,9 @@ GALLERY = [
     (TOKENS, "n s (heads d) -> n heads s d", {"heads": 4}, lambda x: x.view(2, 64, 4, 8).transpose(1, 2)),
     (TOKENS, "n (h w) c -> n c h w", {"h": 8}, lambda x: x.transpose(1, 2).reshape(2, 32, 8, 8)),
     (
-        *(IMAGES, "n c (h p) (w q) -> n (h w) (p q c)", {"p": 4, "q": 4}),
+        IMAGES,
+        "n c (h p) (w q) -> n (h w) (p q c)",
+        {"p": 4, "q": 4},
         lambda x: x.view(2, 32, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 4, 512),
     ),
 ]
@@ -291,18 +303,17 @@ def show_rearrange():
 class TokenSelfAttention(nn.Module):
     """Every token hears all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
-    channels: c. heads: how many, each `channels // heads` wide. Raises ValueError where heads doesn't divide channels.
+    channels: c. heads: how many, each `channels // heads` wide. attend: how q, k and v become averages; section 11 has
+    a faster way. Raises ValueError where heads doesn't divide channels.
 
     Vaswani et al. 2017, section 3.2.2; lecture section "multi-head attention".
     """
 
-    attend = staticmethod(attention)  # how q, k and v become averages; section 11 has a faster way
-
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads, attend=attention):
         super().__init__()
         if heads < 1 or channels % heads:
             raise ValueError(f"the number of heads must divide the channels, got {heads} heads, {channels} channels")
-        self.heads = heads
+        self.heads, self.attend = heads, attend
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
@@ -324,14 +335,12 @@ class MultiHeadSelfAttention(nn.Module):
     """The same for pixels, with norm and residual: activations `(n, c, h, w)` in and out.
 
     groups: of the group norm. Raises ValueError where heads or groups don't divide channels.
-
-    Ho et al. 2020, appendix B.
     """
 
-    def __init__(self, channels, heads, groups=1):
+    def __init__(self, channels, heads, groups=1, attend=attention):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels)
-        self.attention = TokenSelfAttention(channels, heads)
+        self.attention = TokenSelfAttention(channels, heads, attend)
 
     def forward(self, x):
         heard = self.attention(to_tokens(self.norm(x)))  # n (h w) c
@@ -342,7 +351,7 @@ class MultiHeadSelfAttention(nn.Module):
         return self.attention.weights(to_tokens(self.norm(x)))
 
 
-# The lecture folds the heads into the batch, `(n heads) s d`, and attends as if they were so many images. It is the
+# The lecture folds the heads into the batch, `(n heads) s d`, and attends as if each head were an image. It is the
 # same: the product of matrices, too, treats all axes before the last two as a batch.
 @lesson1.section
 def show_heads():
@@ -409,7 +418,7 @@ def show_ears():
             panels[f"head {head} of {heads}"] = heard[0, head - 1]
     pictures = torch.stack(list(panels.values())).view(-1, 1, SIDE, SIDE)  # weights, from 0 to 1
     title = "One head loses one of the ears, or mixes them; two heads keep them apart"
-    return lesson1.plot_grid(title, 2 * pictures - 1, 4, heads=panels)
+    return lesson1.plot_grid(title, 2 * pictures - 1, 4, titles=list(panels))
 
 
 # %% 10. Against PyTorch's own
@@ -420,7 +429,7 @@ def to_torch(layer):
     """
     layer = layer.attention if isinstance(layer, MultiHeadSelfAttention) else layer
     twin = nn.MultiheadAttention(layer.proj.in_features, layer.heads, batch_first=True)
-    twin = twin.to(layer.qkv.weight).train(layer.training)  # .to(weight): its type, its device
+    twin = twin.to(layer.qkv.weight)  # its type, its device
     state = {f"in_proj_{name}": parameter for name, parameter in layer.qkv.state_dict().items()}
     state |= {f"out_proj.{name}": parameter for name, parameter in layer.proj.state_dict().items()}
     twin.load_state_dict(state)
@@ -433,7 +442,6 @@ def to_torch(layer):
 def show_torch():
     torch.manual_seed(0)
     layer, tokens = TokenSelfAttention(32, heads=4), torch.randn(3, 64, 32)  # n s c
-    layer.attend = attention  # by hand, also where section 11's faster way is there already
     twin, careless = to_torch(layer), nn.MultiheadAttention(32, num_heads=4)
     careless.load_state_dict(twin.state_dict())
     changed = tokens.clone()
@@ -457,9 +465,6 @@ def fused_attention(q, k, v):
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
     return F.scaled_dot_product_attention(q, k, v)
-
-
-TokenSelfAttention.attend = staticmethod(fused_attention)  # all layers attend like this now
 
 
 def measure_seconds(layers, x, enough=0.5):
@@ -496,9 +501,11 @@ def measure_kept(layer, x, *told):
 
 def cost_layers(channels=64, heads=8):
     """What is compared: attention by hand, the same fused, and a convolution."""
-    by_hand, fused = (MultiHeadSelfAttention(channels, heads) for _ in range(2))
-    by_hand.attention.attend = attention
-    return {"by hand": by_hand, "fused": fused, "3×3 convolution": nn.Conv2d(channels, channels, 3, padding=1)}
+    layers = {
+        "by hand": MultiHeadSelfAttention(channels, heads),
+        "3×3 convolution": nn.Conv2d(channels, channels, 3, 1, 1),
+    }
+    return layers | {"fused": MultiHeadSelfAttention(channels, heads, attend=fused_attention)}
 
 
 SIDES = (8, 16, 32, 64)
@@ -511,9 +518,10 @@ def show_cost():
     seconds, kept = ({name: [] for name in layers} for _ in range(2))
     print("   one image, 64 channels, 8 heads: milliseconds forward and backward; megabytes kept for the backward pass")
     for side in SIDES:
-        x = torch.randn(max(1, 512 // side**2), 64, side, side, device=device, requires_grad=True)
+        n = max(1, 512 // side**2)  # several small images, or there is too little to measure
+        x = torch.randn(n, 64, side, side, device=device, requires_grad=True)
         for name, value in zip(layers, measure_seconds(layers.values(), x), strict=True):
-            seconds[name].append(1000 * value / len(x))
+            seconds[name].append(1000 * value / n)
             kept[name].append(measure_kept(layers[name], x) / 1e6)
         cells = ", ".join(f"{name} {seconds[name][-1]:.2f} ms {kept[name][-1]:.2f} MB" for name in layers)
         print(f"   {side:2} × {side:2}: {cells}")
@@ -527,7 +535,8 @@ def show_cost():
 
 # %% 12. Transformers
 # Attention carries information from token to token; what a token makes of it is the work of a small network, the same
-# for all. The two in turn, each with a norm and a residual, are a transformer. The norm is one of each token alone.
+# for all tokens. The two in turn, each with a norm and a residual, are a transformer. LayerNorm normalises each token
+# by itself.
 class TransformerBlock(nn.Module):
     """Tokens `(n, s, c)` in and out. Raises ValueError where heads doesn't divide channels.
 
@@ -538,7 +547,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attention = TokenSelfAttention(channels, heads)
+        self.attention = TokenSelfAttention(channels, heads, fused_attention)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
 
@@ -553,7 +562,7 @@ class VisionTransformer(nn.Module):
     A token is a patch of `patch × patch` pixels, and a learned vector says where it was. Raises ValueError where patch
     doesn't divide size, or heads doesn't divide channels.
 
-    Dosovitskiy et al. 2021, with the mean of all tokens in the place of a class token.
+    Dosovitskiy et al. 2021, who classify one more token's output where we take the mean of all.
     """
 
     def __init__(self, size=28, patch=4, channels=64, depth=4, heads=4, n_classes=10, channels_in=1):
@@ -581,9 +590,12 @@ class VisionTransformer(nn.Module):
 
 
 # What a convolution has built in, that neighbours belong together, a transformer has to find out from its data. With
-# few labelled images it falls behind a convolutional net of the same size. Pre-training on images without labels makes
-# up for four fifths of that where 600 of Fashion-MNIST's images have labels, and for half of it where 2,400 or 9,600
-# have (docs/data_efficiency.png, by tests/measure_data_efficiency.py).
+# hundreds of millions of images it wins (Dosovitskiy et al. 2021); with few labelled ones it falls behind a
+# convolutional net of the same size. Pre-training helps: it first learns to fill in hidden patches, for which no image
+# needs a label. That makes up for four fifths of the gap where 600 of Fashion-MNIST's images have labels, and for half
+# of it where 2,400 or 9,600 have (docs/data_efficiency.png, by tests/measure_data_efficiency.py).
+#
+# And it has to be told where each patch was, by a vector that it learns for each place.
 @lesson1.section
 def show_transformer():
     torch.manual_seed(0)
@@ -600,24 +612,23 @@ def show_transformer():
 
 # %% 13. Attention can be a convolution
 # Nine heads, each of which hears one of the nine pixels under the kernel (Cordonnier et al. 2020). The scores depend on
-# places only: minus the squared distance from the wanted pixel (which is a dot product, of features of the places: -|x
-# - p|² = -|x|² + 2 x·p - |p|²), times a number so large that this pixel gets all the weight. Beyond the border there is
-# no wanted pixel. Softmax has to give the weight to somebody, and it would be the nearest pixel; but a convolution
-# finds a zero there. So there is one more token, which holds zeros. Its score is half-way between that of the wanted
-# pixel, if there is one, and that of the next best.
+# places only: minus the squared distance of a pixel at i from the wanted one at j, times a number so large that this
+# pixel gets all the weight. (It is a dot product of features of the places: -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the
+# border there is no wanted pixel. Softmax has to give the weight to somebody, and it would be the nearest pixel; but a
+# convolution finds a zero there. So there is one more token, which holds zeros, at a squared distance of 0.5:
+# farther than the wanted pixel, nearer than any other.
 #
-# Here the value of a pixel is *all* its channels, in every head. In section 12's block nine heads share the channels,
-# so that a head can carry only a ninth of what a tap of the kernel may do: it can't be any convolution, only one whose
-# taps have a rank of c / 9 at most.
+# Here the value of a pixel is *all* its channels, in every head. In section 8's layer nine heads would share them, and
+# what one carries for its place under the kernel, a matrix from channels to channels, would have a rank of c / 9 at
+# most. So it can't be any convolution.
 class PositionAttention(nn.Module):
     """Attention by place alone: head i hears the pixel that is offsets[i] away, `(rows, columns)`, or zeros.
 
     Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`.
     """
 
-    def __init__(self, channels_in, channels_out, offsets, bias=True, sharpness=100.0):
+    def __init__(self, channels_in, channels_out, offsets, bias=True):
         super().__init__()
-        self.sharpness = sharpness
         self.register_buffer("offsets", torch.tensor(offsets, dtype=torch.float32))  # heads 2
         self.proj = nn.Linear(len(offsets) * channels_in, channels_out, bias=bias)
 
@@ -627,7 +638,7 @@ class PositionAttention(nn.Module):
         pixels = torch.cartesian_prod(rows, columns)  # (h w) 2
         wanted = pixels + self.offsets[:, None]  # heads (h w) 2
         distances = (wanted[:, :, None] - pixels).square().sum(dim=-1)  # heads (h w) (h w), squared
-        return -self.sharpness * F.pad(distances, (0, 1), value=0.5)
+        return -100 * F.pad(distances, (0, 1), value=0.5)
 
     def forward(self, x):
         tokens = F.pad(to_tokens(x), (0, 0, 0, 1))  # n (h w + 1) c: the last one holds zeros
@@ -650,7 +661,7 @@ def attention_from_convolution(conv):
     layer = PositionAttention(conv.in_channels, conv.out_channels, offsets, bias=conv.bias is not None)
     layer.to(conv.weight)  # its type, its device
     weight = rearrange(conv.weight, "out c rows columns -> out (rows columns c)")
-    layer.proj.load_state_dict(conv.state_dict() | {"weight": weight})
+    layer.proj.load_state_dict(conv.state_dict() | {"weight": weight})  # and its bias, if it has one
     return layer
 
 
@@ -662,9 +673,9 @@ def show_convolution():
     print(f"   16 to 32 channels, 28 × 28: relative difference {error:.0e}")
     layer = attention_from_convolution(nn.Conv2d(1, 1, 3, padding=1))
     corner = layer.scores(5, 5).softmax(dim=-1)[:, 0]  # heads (h w + 1): of the pixel in the top left corner
-    heads = [f"zeros:\n{head[-1]:.0%}" for head in corner]
+    titles = [f"zeros:\n{head[-1]:.0%}" for head in corner]
     title = "What each of nine heads hears, asked by the pixel in the top left corner"
-    return lesson1.plot_grid(title, 2 * corner[:, :-1].detach().view(9, 1, 5, 5) - 1, 9, heads=heads)
+    return lesson1.plot_grid(title, 2 * corner[:, :-1].detach().view(9, 1, 5, 5) - 1, 9, titles=titles)
 
 
 # %% The command

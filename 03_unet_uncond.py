@@ -21,7 +21,6 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -54,13 +53,13 @@ def load_garments(split, n):
 #
 # The same layers in both orders; x is `(n, c, h, w)` all the way:
 def activate_last(x, convs, norms):
-    """He et al. 2015, "Deep Residual Learning"."""
+    """Activations behind the convolution and the sum (He et al. 2015, "Deep Residual Learning")."""
     h = F.silu(norms[0](convs[0](x)))
     return F.silu(x + norms[1](convs[1](h)))
 
 
 def activate_first(x, convs, norms):
-    """He et al. 2016, "Identity Mappings in Deep Residual Networks"."""
+    """Activations in front of the convolutions (He et al. 2016, "Identity Mappings in Deep Residual Networks")."""
     h = convs[0](F.silu(norms[0](x)))
     return x + convs[1](F.silu(norms[1](h)))
 
@@ -100,9 +99,9 @@ def show_order():
 
 
 # %% 2. The residual block
-# So norm, activation and convolution are one layer, in this order. The norm is a group norm (Wu and He 2018), which
-# treats each image alone. Batch norm, which the lecture uses, shares its statistics among the images of a batch. These
-# will have different noise levels, and what one is told would depend on how noisy the others are.
+# So norm, activation and convolution are one layer, in this order. The norm is a group norm (Wu and He 2018): mean and
+# variance of some channels of one image. Batch norm, which the lecture uses, takes them of all images of a batch. These
+# will have different noise levels, and what an image's activations are would depend on how noisy the others are.
 class PreActConv(nn.Module):
     """GroupNorm, SiLU, 3×3 convolution: `(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
 
@@ -154,9 +153,9 @@ def show_block():
 
 
 # %% 3. Saved: the up path will need what the down path computed
-# A class that keeps what it returns, whatever it computes. It computes nothing itself: `super().forward` is the next
-# `forward` in the order in which Python searches the class's ancestors. So `Saved` must be mixed in *front* of a module
-# class; behind it, the module's `forward` is found first, and `Saved` is never asked.
+# A class that keeps what the class it is mixed into returns: `super()` is the next one in the order in which Python
+# searches the ancestors. So it must be mixed in *front* of a module class; behind it, the module's `forward` is found
+# first, and `Saved` is never asked.
 class Saved:
     """A module that keeps its output until the up path takes it."""
 
@@ -187,18 +186,22 @@ def show_saved():
 
     for kind in (SavedConv, MixedInBehind):
         conv, x = kind(1, 4, 3), torch.randn(2, 1, 8, 8)
-        order = " -> ".join(parent.__name__ for parent in kind.__mro__[:3])
-        same, saved = torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias)), conv.take()
-        what = "nothing" if saved is None else tuple(saved.shape)
-        print(f"   {order}: runs {kind.forward.__qualname__}; is a convolution: {same}; has saved {what}")
+        order = " -> ".join(parent.__name__ for parent in kind.__mro__[:-1])
+        y = conv(x)
+        saved = conv.take()
+        print(
+            f"   {order}: runs {kind.forward.__qualname__}, has saved {None if saved is None else tuple(saved.shape)}"
+        )
+        print(f"      is a convolution: {torch.equal(y, F.conv2d(x, conv.weight, conv.bias))}")
 
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: blocks, and convolutions of stride 2, which halve height and width; so a 3×3 convolution sees ever more of the
 # garment. A level has a quarter of the pixels of the one above and twice the channels, so that all levels cost about
-# the same. (The lecture's are those of the table below; a run's preset `small` has fewer, and `--no-time` trains this
-# very network.) Up: the same the other way. Beside what comes from below, each block there gets what was saved at its
-# size on the way down, as more channels; one block more, because a level saves one activation more than it has blocks.
+# the same. (The table's 32 to 256 channels are the lecture's for Fashion-MNIST; those that diffusers' UNet2DModel has
+# unless told otherwise are 224 to 896. A run's preset `small` has two levels. `--no-time` trains this very network.)
+# Up: the same the other way. Beside what comes from below, each block there gets what was saved at its size on the way
+# down, as more channels; one block more, because a level saves one activation more than it has blocks.
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
@@ -215,7 +218,7 @@ class UNet(nn.Module):
         width, skips = widths[0], [widths[0]]  # the channels by now, and of all that is saved
 
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        for level, new_width in enumerate(widths):  # one turn is the lecture's down_block
+        for level, new_width in enumerate(widths):  # the lecture's down_block ends with what begins the next turn
             if level > 0:
                 self.downsample.append(SavedConv(width, width, 3, stride=2, padding=1))
                 skips.append(width)
@@ -229,7 +232,7 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([self.make_block(width, width), self.make_block(width, width)])
 
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
-        for level, new_width in enumerate(reversed(widths)):  # and its up_block, the lowest level first
+        for level, new_width in enumerate(reversed(widths)):  # the lowest level first
             if level > 0:
                 smooth = nn.Conv2d(width, width, 3, padding=1)  # the steps that remain if each pixel becomes four
                 self.upsample.append(nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), smooth))
@@ -247,7 +250,7 @@ class UNet(nn.Module):
         return (SavedResBlock if saved else ResBlock)(in_channels, out_channels, self.groups)
 
     def forward(self, x, *told):
-        """x and the result: `(n, channels, height, width)`. told: what blocks are told beside; later U-Nets use it.
+        """x and the result: `(n, channels, height, width)`. told: what else the blocks are told, in later U-Nets.
 
         Raises ValueError where height or width can't be halved once for each level but the first.
         """
@@ -276,14 +279,14 @@ def measure_layers(network, x):
     """For each layer on x's way through a U-Net: its name, its output's shape, its parameters, its multiply-adds."""
     rows = []
 
-    def note(name, layer, y):
+    def note(name, layer, inputs, y):
         weights = sum(parameter.numel() for parameter in layer.parameters() if parameter.ndim == 4)
         parameters = sum(parameter.numel() for parameter in layer.parameters())
         rows.append((name, *y.shape[1:], parameters, weights * y[0, 0].numel()))  # a weight is used at each pixel
 
     for name, layer in network.named_modules():
         if name == "conv_out" or isinstance(layer, ResBlock | SavedConv | nn.Sequential):
-            layer.register_forward_hook(lambda layer, inputs, y, name=name: note(name, layer, y))
+            layer.register_forward_hook(functools.partial(note, name))
     network(x)
     return rows
 
@@ -305,9 +308,12 @@ def show_layers():
 # edges run. The skips bring this back. To see it, we cut them: every saved activation arrives as zeros. Both nets have
 # the same parameters, start from the same ones, and are to take away one and the same strength of noise.
 def cut_skips(network):
+    def take_zeros(take):
+        return torch.zeros_like(take())
+
     for layer in network.modules():
-        if isinstance(layer, Saved):  # whatever it takes arrives as zeros
-            layer.take = lambda take=layer.take: torch.zeros_like(take())
+        if isinstance(layer, Saved):
+            layer.take = functools.partial(take_zeros, layer.take)
 
 
 def train_skips(cut, images, steps=100):
@@ -350,7 +356,8 @@ def show_skips():
 # From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can hardly
 # be seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
 # Models", EDM; the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between
-# it becomes invention: where the noise hides a garment's edge, whoever takes the noise away must make one up.
+# it becomes invention: where the noise hides a garment's edge, whoever takes the noise away must make one up. (Notebook
+# 28 goes back to a cosine schedule, and predicts the noise; we keep 26's way.)
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # the ends of sampling (EDM begins at 80, too, and ends at 0.002)
 
 
@@ -364,20 +371,20 @@ def show_noise():
     garment, name = load_garments("test", 1)
     torch.manual_seed(0)
     sigmas = torch.logspace(math.log10(0.02), math.log10(80), 10)
-    x, heads = add_noise(garment, sigmas, torch.randn(10, 1, 28, 28)), []
+    x, titles = add_noise(garment, sigmas, torch.randn(10, 1, 28, 28)), []
     for sigma, picture in zip(sigmas, x, strict=True):
-        heads.append(f"σ = {sigma:.2g}\n{correlation(picture[None], garment):.2f}")
+        titles.append(f"σ = {sigma:.2g}\n{correlation(picture[None], garment):.2f}")
         print(
-            f"   pixels {picture.min():7.1f} to {picture.max():6.1f}, σ and correlation", heads[-1].replace("\n", ", ")
+            f"   pixels {picture.min():7.1f} to {picture.max():6.1f}, σ and correlation", titles[-1].replace("\n", ", ")
         )
     x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return lesson1.plot_grid(f"More and more noise, and the correlation with the garment ({name})", x, 5, heads=heads)
+    return lesson1.plot_grid(f"More and more noise, and the correlation with the garment ({name})", x, 5, titles=titles)
 
 
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
 # Two things would make learning hard. The deviation of x is 0.7 at one end and 80 at the other, and a network likes its
 # input to be of one size. And x0, asked for directly, is the wrong question at both ends: at low noise, x is the answer
-# but for a little, and a network that has to repeat its input adds errors of its own.
+# nearly, and a network that has to repeat its input adds errors of its own.
 #
 # c_in scales x to variance one, whatever sigma is. c_skip lets x itself through, as far as it can be believed: nearly
 # all of it at low noise, nothing at high. c_out scales what the network adds, and its target has variance one, too: at
@@ -387,7 +394,7 @@ def show_noise():
 #
 # And the work can be done on patches (pixel_unshuffle): 2×2 pixels become 4 channels of one pixel, so that the network
 # has a quarter of the pixels to go over.
-TIME_SCALE = 1000  # so the time goes from -1151 to 1096, for which lesson 1's max_period was made
+TIME_SCALE = 1000  # so the time goes from -1151 to 1096, a range that fits lesson 1's max_period
 
 
 class Denoiser(nn.Module):
@@ -494,7 +501,7 @@ class TimeUNet(UNet):
 
 
 class UntimedUNet(UNet):
-    """The first U-Net where a time is told: it doesn't listen."""
+    """The first U-Net, given a time, which it ignores (as the lecture's first one isn't told sigma)."""
 
     def forward(self, x, time):
         return super().forward(x)
@@ -557,12 +564,12 @@ def schedule(step, steps):
     return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
 
-# A few early gradients are huge, and warm-up and clipping keep them from throwing the weights off. And the latest
-# weights jump about, while their mean doesn't: it is the mean that will sample.
+# Single gradients may be huge, early ones above all; warm-up and clipping keep them from throwing the weights off. And
+# the latest weights jump about, while their mean doesn't: it is the mean that will sample.
 def train(denoiser, ema, optimizers, batches, steps):
     """Train, and yield (step, loss, norm of the gradients) after each step, both as tensors on the device.
 
-    batches: yields what `draw_batches` does, the label as far as the network takes one. ema: a copy of the denoiser,
+    batches: yields what `draw_batches` does, the label only if the network takes one. ema: a copy of the denoiser,
     which becomes the moving average of its weights. steps: of the whole training, for the schedule.
     """
     for step, *batch in batches:
@@ -582,14 +589,15 @@ def train(denoiser, ema, optimizers, batches, steps):
 def update_ema(ema, denoiser, step):
     """Move the average towards the weights: it looks back over about a tenth of the steps so far, however many (an
     exponential moving average, EMA, whose window grows; Karras et al. 2024)."""
-    slow, fast = list(ema.parameters()), list(denoiser.parameters())
-    torch._foreach_lerp_(slow, fast, min(1.0, 10 / (step + 1)))  # on a GPU in a few kernels, not one for each tensor
+    for slow, fast in zip(ema.parameters(), denoiser.parameters(), strict=True):
+        slow.lerp_(fast, min(1.0, 10 / (step + 1)))
 
 
-# How much does time help? Less than one might expect: told the time, a small net is better at every noise level, but
-# only by 8 per cent on average. (c_in, c_skip and c_out know sigma for both; it is the network that isn't told.) For an
-# image shows by itself how noisy it is. Wherever there is background, pixels that should all be -1 differ by as much as
-# the noise is strong: the table's last line reads sigma off a corner of 3 × 3 pixels.
+# How much does time help? Less than one might expect: after 120 steps a small net that is told is better by as much as
+# the picture's title says. (c_in, c_skip and c_out know sigma for both; it is the network that isn't told.) For an
+# image shows by itself how noisy it is. Wherever there is background, all pixels should be the same, and differ by as
+# much as the noise is strong: the table's last line has their deviation in a corner of 3 × 3 pixels, as the network
+# sees it, after c_in. It tells low levels apart; above 5 or so little is left to tell, and little that it would change.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 
@@ -625,8 +633,11 @@ def show_training():
         losses[label] = loss_by_level(ema, garments)
         print(f"   {label:12}" + "".join(f"{value:7.3f}" for value in losses[label]))
     noise = torch.randn_like(corner)
-    said = [(corner + sigma * noise).std(dim=(1, 2, 3)).mean() for sigma in LEVELS]
-    print("   corner says " + "".join(f"{value:7.2g}" for value in said))
+    c_in = ema.scales(torch.tensor(LEVELS))[2].tolist()
+    said = [
+        (scale * (corner + sigma * noise)).std(dim=(1, 2, 3)).mean() for sigma, scale in zip(LEVELS, c_in, strict=True)
+    ]
+    print("   corner says " + "".join(f"{value:7.3f}" for value in said))
     figure, axes = plt.subplots(figsize=(8, 4))
     label = f"loss on test images ({name})"
     lesson1.plot_lines(axes, LEVELS, losses, xscale="log", ylim=0, xlabel="sigma", ylabel=label)
@@ -635,7 +646,7 @@ def show_training():
     return figure
 
 
-# %% 10. An aside: Muon
+# %% 10. Not in the lecture: Muon, by which a run trains its convolutions
 # The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon (Jordan et al.
 # 2024) takes the momentum and makes the step equally large in all directions: all singular values about 1. A
 # convolution's weights are a matrix as well: the output channels by all that each of them looks at.
@@ -665,8 +676,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        (group,) = self.param_groups
-        by_shape = {}
+        group, by_shape = self.param_groups[0], {}
         for weight in group["params"]:
             by_shape.setdefault(weight.shape, []).append(weight)
         for shape, weights in by_shape.items():
@@ -728,7 +738,7 @@ def sample(denoise, noise, sigmas, method="dpm++"):
 
     denoise(x, sigma) -> x0_hat, with sigma `(n,)` on the CPU (reading it waits for no GPU). noise: `(n, c, h, w)`,
     unit variance. sigmas: falling, from `noise_levels`. method: what a step assumes on its way to the next sigma,
-    "ddim":  that x0_hat stays as it is (Song, Meng and Ermon 2021; Euler's method in sigma). Error ~ 1 / steps.
+    "ddim":  that x0_hat stays as it is (the lecture's; Song, Meng and Ermon 2021). Error ~ 1 / steps.
     "dpm++": that x0_hat goes on as since the last step, linearly in ln(sigma) (Lu et al. 2022, DPM-Solver++(2M)). Error
              ~ 1 / steps², for the same one evaluation a step.
     "heun":  that dx / dsigma is the mean of its values at both ends (Karras et al. 2022, algorithm 1). Error
@@ -762,8 +772,8 @@ def sample(denoise, noise, sigmas, method="dpm++"):
 # A network has to be trained before it can sample. But for a handful of images the best denoiser there is can be
 # written down: x may have been each of them, with a probability that falls with the distance, and the mean of what it
 # may have been is the best guess. It is attention (lesson 2): x is the query, the images are keys and values, and the
-# scores are minus squared distances. It knows its images by heart and makes nothing else. A network as small as ours,
-# trained as shortly, can't know 60,000 by heart, and so makes new ones.
+# scores are minus squared distances. It knows its images by heart and makes nothing else. Our network doesn't: what it
+# makes is as far from all training images as test images are (docs/measurements.md).
 def ideal_denoiser(images):
     """denoise(x, sigma) for `sample`, which knows images `(m, c, h, w)`: the mean of those that x may have been."""
 
@@ -781,14 +791,14 @@ def spread(images):
 
 
 def plot_film(title, states, columns=10):
-    """A film strip of `sample`'s states: what it holds (scaled to be seen), and what x0 is expected, below."""
+    """A film strip of `sample`'s states: x (scaled to be seen), and the expected x0 below it."""
     frames = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(columns, len(states)))]
     strips = []
     for image in range(len(frames[0][1])):
         strips += [x[image] / max(1.0, x[image].std().item()) for _, x, _ in frames]
         strips += [x0_hat[image] for _, _, x0_hat in frames]
-    rows, heads = ["x", "x0_hat"] * len(frames[0][1]), [f"σ = {sigma:.2g}" for sigma, _, _ in frames]
-    return lesson1.plot_grid(title, torch.stack(strips), len(frames), rows, heads)
+    rows, titles = ["x", "x0_hat"] * len(frames[0][1]), [f"σ = {sigma:.2g}" for sigma, _, _ in frames]
+    return lesson1.plot_grid(title, torch.stack(strips), len(frames), rows, titles)
 
 
 @lesson1.section
@@ -848,6 +858,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
+    # widths, depth, groups, patch, attention_levels, head_dim, batch_size, max_lr, epochs
     "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 2e-3, 3),
     "lecture": Preset((32, 64, 128, 256), 2, 2, 1, (1, 2, 3), 8, 256, 2e-3, 25),
 }
@@ -908,12 +919,11 @@ def choose_device(name):
 
 def choose_precision(device):
     """bfloat16 where the processor has instructions for it and is several times as fast with it; otherwise None."""
-    capabilities = torch.cpu.get_capabilities()
-    fast = {
-        "cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-        "cpu": capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"),
-    }
-    return torch.bfloat16 if fast.get(device.type) else None
+    instructions = torch.cpu.get_capabilities()
+    fast = device.type == "cpu" and (instructions.get("amx_bf16") or instructions.get("avx512_bf16"))
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else None
 
 
 def make_denoiser(run, model, device):
@@ -1027,17 +1037,15 @@ def get_denoiser(options, model, path):
         dist.init_process_group()
         if device.type == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
-        if LOCAL_RANK == 0:
-            load_once(split="train", **DATA)  # one process of each machine downloads what there is to download
-        dist.barrier()
     train_set = load_once(split="train", **DATA)
     images, labels = pad(torch.from_numpy(train_set.images)[:, None], preset), torch.from_numpy(train_set.labels)
     sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
     if not sigma_data:
         raise UserError(f"{train_set.name}: all images are one and the same grey, there is nothing to learn")
-    settings = preset_name, options.epochs or preset.epochs, batch_size, options.seed
-    of_data = train_set.name, len(images), train_set.classes, train_set.images.shape[1:], sigma_data
-    run = Run(model.name, *settings, *of_data)
+    training = {"epochs": options.epochs or preset.epochs, "batch_size": batch_size, "seed": options.seed}
+    of_data = {"data": train_set.name, "images": len(images), "classes": train_set.classes}
+    size = train_set.images.shape[1:]
+    run = Run(network=model.name, preset=preset_name, **training, **of_data, size=size, sigma_data=sigma_data)
     print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
     checkpoint = None if options.restart else load_checkpoint(path, **run._asdict())
     if checkpoint and checkpoint["step"] == run.steps:
@@ -1052,32 +1060,14 @@ def get_denoiser(options, model, path):
     return ema, run
 
 
-@contextmanager
-def stop_requests():
-    """A list of the signals that came: Ctrl-C or SIGTERM asks to stop after a step, a second one stops at once."""
-    stops = []
-
-    def request(number, frame):
-        stops.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several processes would not stop together
-    before = {kind: signal.signal(kind, request) for kind in kinds}
-    try:
-        yield stops
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
 def begin(run, model, device, path, checkpoint):
     """What training changes, by the names that it has in a checkpoint; the number of steps done; their losses."""
     preset = PRESETS[run.preset]
     denoiser = make_denoiser(run, model, device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     max_lr = preset.max_lr * (run.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch_size)
-    muon, adamw = make_optimizers(denoiser, max_lr)
-    parts = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}
+    parts = {"denoiser": denoiser, "ema": ema}
+    parts["muon"], parts["adamw"] = make_optimizers(denoiser, max_lr)
     done, losses = 0, torch.full((run.steps,), math.nan)
     if checkpoint:
         restore(checkpoint, path, **parts)
@@ -1098,7 +1088,7 @@ def fit(run, model, dataset, path, checkpoint):
     denoiser, ema, *optimizers = parts.values()
     network = DistributedDataParallel(denoiser.network) if PROCESSES > 1 else denoiser.network
     if device.type == "cuda" and importlib.util.find_spec("triton"):
-        network = torch.compile(network)  # few large kernels of many small ones
+        network = torch.compile(network)  # a few large kernels instead of many small ones
     trained = Denoiser(network, run.sigma_data, denoiser.patch, denoiser.precision)  # the same weights
 
     def batches():
@@ -1107,9 +1097,15 @@ def fit(run, model, dataset, path, checkpoint):
         for step, *batch, label in draw_batches(images, labels, run.batch_size, run.seed, range(done, run.steps)):
             yield step, *(part[share] for part in (*batch, *model.told(label, len(run.classes))))
 
+    def request_stop(number, frame):
+        stops.append(number)
+        signal.signal(number, signal.default_int_handler)  # a second one stops at once
+
+    stops, kinds = [], (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several would not stop together
+    handlers = {kind: signal.signal(kind, request_stop) for kind in kinds}
     total, begun, saved = run.steps * run.batch_size, done * run.batch_size, time.monotonic()
     bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
-    with bar, stop_requests() as stops:
+    with bar:
         for step, loss, norm in train(trained, ema, optimizers, batches(), run.steps):
             if PROCESSES > 1:
                 dist.all_reduce(loss)
@@ -1129,11 +1125,12 @@ def fit(run, model, dataset, path, checkpoint):
                 saved = time.monotonic()
             if stops and due:  # one that came after `due` was decided waits for the next step, which is saved
                 break
-        bar.close()
-        if stops:
-            again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
-            print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}")
-            sys.exit(130)
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
+    if stops:
+        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
+        print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}")
+        sys.exit(130)
     print(f"wrote {path}")
     if RANK == 0:
         lesson1.save_picture(plot_losses(f"{run.title}: the loss", losses.cpu().numpy()), path.with_name("loss.png"))
@@ -1169,27 +1166,26 @@ def sample_images(run, starts, make_denoise, sampler, device):
 
     make_denoise(label): what `sample` needs for images of these labels `(n,)`. sampler(denoise, noise): `sample`.
     """
-    images, film = [], []
+    images = []
     for first in range(0, len(starts), 200):
         chosen = starts[first : first + 200]
         denoise = make_denoise(torch.tensor([label for _, label, _ in chosen], device=device))
         shown = np.linspace(0, len(chosen) - 1, min(len(chosen), 4)).round().astype(int)
-        states = sampler(denoise, draw_noise(run, chosen, device))
-        for sigma, *state in tqdm(states, desc="sampling", unit=" steps", leave=False, disable=None):
-            if first == 0:
-                film.append((sigma, *(crop(part[shown], run.size).cpu() for part in state)))
-        images.append(crop(state[0], run.size).clamp(-1, 1).cpu())
+        steps = sampler(denoise, draw_noise(run, chosen, device))
+        states = list(tqdm(steps, desc="sampling", unit=" steps", leave=False, disable=None))
+        if first == 0:
+            film = [(sigma, *(crop(part[shown], run.size).cpu() for part in state)) for sigma, *state in states]
+        images.append(crop(states[-1][1], run.size).clamp(-1, 1).cpu())
     return torch.cat(images), film
 
 
-def write_samples(options, title, samples, rows=(), columns=10):
-    """samples.png and samples.npy; where it was trained now, denoising.png, too. samples: of `sample_images`."""
+def write_samples(out, title, samples, rows=(), columns=10):
+    """samples.png, samples.npy and denoising.png, to the folder out. samples: of `sample_images`."""
     images, film = samples
-    lesson1.save_picture(lesson1.plot_grid(title, images, columns, rows), options.out / "samples.png")
-    np.save(options.out / "samples.npy", images.numpy())
-    print(f"wrote {options.out / 'samples.npy'}")
-    if not options.sample_only:
-        lesson1.save_picture(plot_film(f"{title}: from noise to garment", film), options.out / "denoising.png")
+    lesson1.save_picture(lesson1.plot_grid(title, images, columns, rows), out / "samples.png")
+    lesson1.save_picture(plot_film(f"{title}: from noise to garment", film), out / "denoising.png")
+    np.save(out / "samples.npy", images.numpy())
+    print(f"wrote {out / 'samples.npy'}")
 
 
 # %% The command
@@ -1247,7 +1243,7 @@ def work(options):
     starts = [(options.seed, 0, index) for index in range(options.n)]
     sampler = functools.partial(sample, sigmas=noise_levels(options.steps))
     samples = sample_images(run, starts, lambda label: denoiser, sampler, denoiser.device)
-    write_samples(options, f"{run.title}, {options.steps} steps", samples)
+    write_samples(options.out, f"{run.title}, {options.steps} steps", samples)
 
 
 def main():

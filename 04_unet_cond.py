@@ -45,7 +45,7 @@ class AttentionResBlock(lesson3.TimeResBlock):
         channels, groups = self.conv2.norm.num_channels, self.conv2.norm.num_groups
         if channels % head_dim:
             raise ValueError(f"head_dim must divide the {channels} channels that attention gets, got {head_dim}")
-        self.attention = lesson2.MultiHeadSelfAttention(channels, channels // head_dim, groups)
+        self.attention = lesson2.MultiHeadSelfAttention(channels, channels // head_dim, groups, lesson2.fused_attention)
         lesson3.zero_(self.attention.attention.proj)  # the branch starts silent
 
     def forward(self, x, embedding):
@@ -65,7 +65,7 @@ def measure_levels(preset, size):
     milliseconds of a forward and backward pass, without and with attention."""
     embedding = torch.zeros(1, 4 * preset.widths[0])
     for level, width in enumerate(preset.widths):
-        side, head_dim = size // preset.patch // 2**level, math.gcd(width, preset.head_dim)
+        side, head_dim = size // preset.patch // 2**level, math.gcd(width, preset.head_dim)  # 32 doesn't divide 48
         blocks = [AttentionResBlock(width, width, preset.groups, 4 * preset.widths[0]) for _ in range(2)]
         blocks[1].add_attention(head_dim)
         x = torch.randn(1, width, side, side)
@@ -79,7 +79,7 @@ def measure_levels(preset, size):
 def show_cost():
     print("   one block, one image:    megabytes kept                       milliseconds")
     print("    preset  side   without  with attention  its weights   without  with attention")
-    for name, size in {"small": 28, "lecture": 32}.items():
+    for name, size in {"small": 28, "lecture": 32}.items():  # the picture is of the second
         table = np.array(list(measure_levels(lesson3.PRESETS[name], size)))
         for row in table:
             print("   {:>7}{:6.0f}{:10.2f}{:16.2f}{:13.2f}{:10.2f}{:16.2f}".format(name, *row))
@@ -90,18 +90,18 @@ def show_cost():
     lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept", **levels)
     lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **levels)
     first, last = (f"{slow[i] / quick[i]:.1f} times at {sides[i]:.0f} × {sides[i]:.0f}" for i in (0, -1))
-    figure.suptitle(f"What attention does to the block's time: {first} pixels, {last}")
+    figure.suptitle(f"What attention does to the block's time: {first} pixels, {last} ({name})")
     return figure
 
 
-# %% 2. Why it is hardly missed at this size
+# %% 2. What the convolutions reach without it
 # Is there anything far away that a pixel of this U-Net couldn't know without attention? Lesson 2 counts it: on which
 # input pixels does one output pixel depend? In a new network on none, as its last convolution is zero; so all
 # convolutions get random weights. And a group norm is another way across, as all pixels meet in its mean; so the norms
 # are left out. The convolutions alone get across by going down: one pixel of the lowest level stands for many above. So
 # an output pixel depends on all 196 of the small net's patches, and on all 1,024 pixels of the lecture's net, if
-# faintly. What is left for attention is to choose by content, rather than by place, what to hear of. docs/ladder.png
-# shows what it buys.
+# faintly. What is left for attention is to choose by content, rather than by place, what to hear of. In one epoch of
+# `small` no gain from it could be told from chance (docs/measurements.md).
 def without_norms(network):
     """The network with random convolutions and without norms, in place."""
     for module in network.modules():
@@ -203,21 +203,21 @@ def show_labels():
     by_label, by_noise = lesson3.spread(table.transpose(0, 1)), lesson3.spread(table)
     print(f"   a pixel's deviation: {by_label:.2f} among labels, same noise; {by_noise:.2f} among noises, same label")
     title = f"The label changes a pixel by {by_label:.2f}, the noise by {by_noise:.2f} ({run.data}; a row is one noise)"
-    heads = [name.replace(" ", "\n").replace("/", "/\n") for name in run.classes]
-    return lesson1.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], heads)
+    titles = [name.replace(" ", "\n").replace("/", "/\n") for name in run.classes]
+    return lesson1.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
 
 
 # %% 4. Guidance: a line through two predictions
 # A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
 # label and with it, are two points, and guidance (classifier-free guidance, Ho and Salimans 2022) goes on along the
-# line through them. (As x0_hat is x less the predicted noise, it's the same line for the noise, which papers speak of.
-# What is w here is called guidance_scale = 1 + w in most software.) It gives clearer garments of the class, and fewer
-# odd ones.
+# line through them: x0_hat = x0(label) + w · (x0(label) - x0(no label)). Most software's guidance_scale is 1 + w. (As
+# x0_hat is x less sigma times the predicted noise, it's the same line for the noise, which papers speak of.) It gives
+# clearer garments of the class, and fewer odd ones.
 #
 # But while there is much noise, the rough shape is being decided, and how light the garment will be; and guidance makes
 # the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024),
 # and the other half of the steps evaluates the network once instead of twice. And a network that was trained for long
-# knows its classes better, and needs less.
+# knows its classes better, and needs less (docs/measurements.md).
 GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
 
 
@@ -230,8 +230,7 @@ def guide(denoiser, label, guidance, below=GUIDED_BELOW):
     """denoise(x, sigma) for `sample`: x0(label) + w · (x0(label) - x0(no label)), in one batched call.
 
     label: int64 `(n,)`. guidance: w; 0 is the model with the label as it is, -1 the one without. below: for a sigma
-    above this w is 0; all sigmas of a batch are equal. (In the step where guidance begins, DPM-Solver++(2M) takes the
-    jump of x0_hat for a trend, and goes on by half of it. Samples were no better without.)
+    above this w is 0; all sigmas of a batch are equal.
     """
     both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
 
@@ -250,7 +249,7 @@ def show_line():
     n, device = len(run.classes), denoiser.device
     noise = lesson3.draw_noise(run, [(0, i, 0) for i in range(n)], device)
     label, sigma = torch.arange(n, device=device), torch.full((n,), 3.0)
-    points = {w: guide(denoiser, label, w)(3 * noise, sigma) for w in (-1, 0, 0.5, 1, 3)}
+    points = {w: guide(denoiser, label, w)(3 * noise, sigma) for w in (-1, 0, 0.5, 1, 3)}  # of nothing but noise
     away = [f"{(point - points[0]).square().mean().sqrt():.2f}" for point in points.values()]
     print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from what the label says by itself")
     names = ["no label", "label", *(f"guidance {w:g}" for w in list(points)[2:])]
@@ -282,7 +281,8 @@ def show_guidance():
 
 # %% 6. From one class to another
 # The label is a row of numbers, and between two rows there are others, which no class has. What does the network make
-# when it is told "three quarters a pullover, one quarter a trouser"?
+# when it is told "three quarters a pullover, one quarter a trouser"? Even steps would be 12 % of the way each; but most
+# of the way lies in few of them, where one class becomes the other.
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
     blended = copy.deepcopy(denoiser)
@@ -311,6 +311,7 @@ def show_blend():
 
 # %% 7. Where a pixel looks
 # Lesson 2 opened attention with pixels that looked for what is like them. What has this network learned to look for?
+# Some heads look nearby, others far away, and where they look changes with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
@@ -333,11 +334,12 @@ def show_look():
     for row, shown in zip(axes, (20, 1, 0.1), strict=True):
         sigma, x, x0_hat = min(states[:-1], key=lambda state: abs(math.log(state[0] / shown)))
         looks = catch_weights(layer, denoise, x, torch.tensor([sigma]))[0, :3].cpu()  # heads h w h w
+        even = 1 - 25 / looks[0, 0, 0].numel()
         y, place = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
         lesson1.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
         for axis, look in zip(row[1:], looks[:, y, place], strict=False):
             far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()
-            print(f"   sigma {sigma:6.2f}: {far:.0%} of a head's weight lies more than two places away")
+            print(f"   sigma {sigma:6.2f}: {far:.0%} of the weight is over two places away; of even weights {even:.0%}")
             lesson1.plot_image(axis, look, f"{far:.0%} far away", cmap="gray_r", vmin=0)
             axis.plot(place, y, "s", color="tab:orange", markerfacecolor="none")
     figure.suptitle(f"What three heads hear at the marked place: it depends on head and noise ({run.data})")
@@ -380,7 +382,7 @@ def work(options):
     )
     if options.only is not None:
         title, grid = f"{run.classes[wanted[0]]}: {title}", {"columns": 8}
-    lesson3.write_samples(options, title, samples, **grid)
+    lesson3.write_samples(options.out, title, samples, **grid)
 
 
 def main():

@@ -23,8 +23,8 @@ UserError = lesson3.UserError
 # Our names of layers, and diffusers'
 AROUND = {
     "conv_in": "conv_in",
-    "embed_time.0": "time_embedding.linear_1",
-    "embed_time.2": "time_embedding.linear_2",
+    "embed_time.linear1": "time_embedding.linear_1",
+    "embed_time.linear2": "time_embedding.linear_2",
     "embed_label": "class_embedding",
     "conv_out.norm": "conv_norm_out",
     "conv_out.conv": "conv_out",
@@ -33,7 +33,7 @@ IN_BLOCK = {
     "conv1.norm": "resnets.{}.norm1",
     "conv1.conv": "resnets.{}.conv1",
     "conv2.norm": "resnets.{}.norm2",
-    "conv2.scale_shift": "resnets.{}.time_emb_proj",
+    "conv2.scale_shift.linear": "resnets.{}.time_emb_proj",
     "conv2.conv": "resnets.{}.conv2",
     "shortcut": "resnets.{}.conv_shortcut",
     "attention.norm": "attentions.{}.group_norm",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -152,6 +153,10 @@ def test_show_draws_the_lesson_and_does_not_train(lesson4, run, tmp_path, monkey
     status, _, errors = run(lesson4, *options, "--class", "3")
     assert status == 2
     assert "must be one of 0, 1, 2" in errors
+    shown = mock.Mock()
+    monkeypatch.setattr(lesson4.lesson1, "run_sections", shown)
+    assert run(lesson4.lesson3, "--show", "--out", tmp_path)[0] == 0
+    shown.assert_called_once_with(vars(lesson4.lesson3), tmp_path / "lesson")
 
 
 @pytest.mark.parametrize("options", [["--no-time"], ["--preset", "lecture"]])
@@ -190,7 +195,7 @@ def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tm
     assert {weight.dtype for weight in torch.load(weights, weights_only=True)["ema"].values()} == {torch.float16}
     arguments = ["--pretrained", "--class", "Ankle boot", "--n", "3", "--device", "cpu", "--out", tmp_path]
     assert run_untouched(lesson4, *arguments)[0] == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["samples.npy", "samples.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["denoising.png", "samples.npy", "samples.png"]
     boots = np.load(tmp_path / "samples.npy")
     assert boots.shape == (3, 1, 28, 28)
     drawn = load("garments", "test")
@@ -201,15 +206,15 @@ def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tm
 
 
 def test_pretrained_has_its_own_folder_and_guidance(lesson3, lesson4, run, tmp_path, monkeypatch):
+    def refuse(options, model, path):
+        raise lesson3.UserError(f"from {path} to {options.out}")
+
     monkeypatch.setattr(lesson4, "__file__", str(tmp_path / "04_unet_cond.py"))
-    asked = []
-    monkeypatch.setattr(lesson3, "load_trained", lambda path, *_: (asked.append(path), (None, None))[1])
-    with pytest.raises(
-        AttributeError
-    ):  # there is no run to sample from; but by then it is known from where and to where
-        run(lesson4, "--pretrained")
-    assert asked == [lesson4.PRETRAINED]
-    assert (tmp_path / "runs" / "pretrained").is_dir()
+    monkeypatch.setattr(lesson3, "get_denoiser", refuse)
+    folder = tmp_path / "runs" / "pretrained"
+    assert f"from {lesson4.PRETRAINED} to {folder}" in run(lesson4, "--pretrained")[2]
+    assert folder.is_dir()
+    assert f"to {tmp_path}\n" in run(lesson4, "--pretrained", "--out", tmp_path)[2]
     assert lesson4.choose_guidance(24) == lesson4.GUIDANCE_LATER < lesson4.GUIDANCE == lesson4.choose_guidance(3)
 
 

@@ -62,8 +62,7 @@ def test_fused_attention_counts_as_attention_by_hand():
     """And, backwards, for one product more: the scores, which it has not kept."""
     counts = []
     for attend in (measure_speed.lesson2.fused_attention, measure_speed.lesson2.attention):
-        layer, x = measure_speed.lesson2.MultiHeadSelfAttention(16, heads=2), torch.randn(2, 16, 4, 4)
-        layer.attention.attend = attend
+        layer, x = measure_speed.lesson2.MultiHeadSelfAttention(16, heads=2, attend=attend), torch.randn(2, 16, 4, 4)
         y = []
         forward = measure_speed.count_operations(lambda: y.append(layer(x.requires_grad_())))  # noqa: B023
         counts.append((forward, measure_speed.count_operations(lambda: y[0].sum().backward())))  # noqa: B023
