@@ -501,11 +501,8 @@ def measure_kept(layer, x, *told):
 
 def cost_layers(channels=64, heads=8):
     """What is compared: attention by hand, the same fused, and a convolution."""
-    layers = {
-        "by hand": MultiHeadSelfAttention(channels, heads),
-        "3×3 convolution": nn.Conv2d(channels, channels, 3, 1, 1),
-    }
-    return layers | {"fused": MultiHeadSelfAttention(channels, heads, attend=fused_attention)}
+    by_hand, fused = (MultiHeadSelfAttention(channels, heads, attend=kind) for kind in (attention, fused_attention))
+    return {"by hand": by_hand, "fused": fused, "3×3 convolution": nn.Conv2d(channels, channels, 3, padding=1)}
 
 
 SIDES = (8, 16, 32, 64)

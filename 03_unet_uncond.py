@@ -187,11 +187,8 @@ def show_saved():
     for kind in (SavedConv, MixedInBehind):
         conv, x = kind(1, 4, 3), torch.randn(2, 1, 8, 8)
         order = " -> ".join(parent.__name__ for parent in kind.__mro__[:-1])
-        y = conv(x)
-        saved = conv.take()
-        print(
-            f"   {order}: runs {kind.forward.__qualname__}, has saved {None if saved is None else tuple(saved.shape)}"
-        )
+        y, kept = conv(x), conv.saved
+        print(f"   {order}: runs {kind.forward.__qualname__}, saves {'nothing' if kept is None else tuple(kept.shape)}")
         print(f"      is a convolution: {torch.equal(y, F.conv2d(x, conv.weight, conv.bias))}")
 
 
@@ -632,12 +629,9 @@ def show_training():
         ema, _ = train_small(kind, images, lambda denoiser: [adamw(denoiser.parameters(), 0.004)])
         losses[label] = loss_by_level(ema, garments)
         print(f"   {label:12}" + "".join(f"{value:7.3f}" for value in losses[label]))
-    noise = torch.randn_like(corner)
-    c_in = ema.scales(torch.tensor(LEVELS))[2].tolist()
-    said = [
-        (scale * (corner + sigma * noise)).std(dim=(1, 2, 3)).mean() for sigma, scale in zip(LEVELS, c_in, strict=True)
-    ]
-    print("   corner says " + "".join(f"{value:7.3f}" for value in said))
+    sigmas = torch.tensor(LEVELS).view(-1, 1, 1, 1, 1)
+    seen = ema.scales(sigmas)[2] * (corner + sigmas * torch.randn_like(corner))  # levels n c 3 3
+    print("   corner says " + "".join(f"{value:7.3f}" for value in seen.std(dim=(2, 3, 4)).mean(dim=1)))
     figure, axes = plt.subplots(figsize=(8, 4))
     label = f"loss on test images ({name})"
     lesson1.plot_lines(axes, LEVELS, losses, xscale="log", ylim=0, xlabel="sigma", ylabel=label)

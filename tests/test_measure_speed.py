@@ -53,22 +53,18 @@ def test_the_share_of_the_optimisers():
     assert measure_speed.optimizer_share(other, CPU, clock) == 0
 
 
-def test_a_convolution_is_counted():
-    conv = nn.Conv2d(3, 5, 3, padding=1)
-    assert measure_speed.count_operations(lambda: conv(torch.randn(2, 3, 8, 8))) == 2 * (2 * 5 * 8 * 8) * (3 * 3 * 3)
-
-
-def test_fused_attention_counts_as_attention_by_hand():
+def test_a_convolution_is_counted_and_fused_attention_as_attention_by_hand():
     """And, backwards, for one product more: the scores, which it has not kept."""
     counts = []
     for attend in (measure_speed.lesson2.fused_attention, measure_speed.lesson2.attention):
-        layer, x = measure_speed.lesson2.MultiHeadSelfAttention(16, heads=2, attend=attend), torch.randn(2, 16, 4, 4)
-        y = []
-        forward = measure_speed.count_operations(lambda: y.append(layer(x.requires_grad_())))  # noqa: B023
+        layer = measure_speed.lesson2.MultiHeadSelfAttention(16, heads=2, attend=attend)
+        layers, x, y = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), layer), torch.randn(2, 3, 4, 4), []
+        forward = measure_speed.count_operations(lambda: y.append(layers(x.requires_grad_())))  # noqa: B023
         counts.append((forward, measure_speed.count_operations(lambda: y[0].sum().backward())))  # noqa: B023
     scores = 2 * 2 * 2 * 16**2 * 8  # multiply and add; images; heads; pixels asking and asked; channels of a head
+    layer_by_layer = 2 * (2 * 16) * 16 * (3 * 9 + 3 * 16 + 16)  # multiply and add; pixels; channels out, and in
     (forward, backward), (forward_by_hand, backward_by_hand) = counts
-    assert forward == forward_by_hand == 2 * (2 * 16 * 16 * (3 * 16 + 16)) + 2 * scores
+    assert forward == forward_by_hand == layer_by_layer + 2 * scores
     assert backward == backward_by_hand + scores
 
 
@@ -80,13 +76,13 @@ def test_memory_is_what_is_held_at_a_time():
         return kept
 
     kept, most = measure_speed.track_memory(work, CPU)
-    assert kept.shape == (1000,)
-    assert most == 4 * 6000
+    assert (kept.shape, most) == ((1000,), 4 * 6000)
 
 
 @pytest.mark.parametrize("model", [measure_speed.TIMED, measure_speed.CONDITIONAL], ids=lambda model: model.name)
-def test_competitors_have_the_same_structure(model, tiny, monkeypatch):
-    """As many parameters and operations; and only in attention by hand is there attention by hand."""
+def test_competitors_have_the_same_structure_and_are_told_what_the_lesson_tells(model, tiny, lesson3, monkeypatch):
+    """As many parameters and operations; and only in attention by hand is there attention by hand. In training, of ten
+    labels one is dropped, and a network without labels is told none."""
     by_hand, attention, counts = [], measure_speed.lesson2.attention, set()
     monkeypatch.setattr(measure_speed.lesson2, "attention", lambda *qkv: by_hand.append(kind) or attention(*qkv))
     for kind in ("ours", "by hand", "diffusers"):
@@ -97,8 +93,14 @@ def test_competitors_have_the_same_structure(model, tiny, monkeypatch):
     assert len(counts) == 1
     assert set(by_hand) == ({"by hand"} if model is measure_speed.CONDITIONAL else set())
 
+    told, loss = [], lesson3.denoising_loss
+    monkeypatch.setattr(lesson3, "denoising_loss", lambda *parts: told.append(parts[4:]) or loss(*parts))
+    measure_speed.start_training(measure_speed.Competitor("ours", model, tiny), CPU, 64)()
+    assert [[10 in label for label in labels] for labels in told] == [[True] * (model is measure_speed.CONDITIONAL)]
 
-def test_training_and_sampling_are_measured(tiny, monkeypatch):
+
+def test_training_and_sampling_are_measured(tiny, lesson3, lesson4, monkeypatch):
+    """Two steps of sampling stand for 18: half of them have guidance."""
     monkeypatch.setattr(measure_speed, "track_memory", lambda work, device: (work(), 7))  # whose profiler takes seconds
     training = list(measure_speed.training_tasks(measure_speed.CONDITIONAL, tiny, [None], steps=1))
     sampling = measure_speed.sampling_task(training[-1].competitor, 18, 0.5, measured=2)
@@ -110,20 +112,6 @@ def test_training_and_sampling_are_measured(tiny, monkeypatch):
     assert theirs["operations"] == ours["operations"] == muon["operations"]  # the optimiser's are no image's
     assert all(row["rate"] > 0 and row["memory"] == 7 and row["of_peak"] > 0 for row in rows)
     assert muon["optimizer"] > 0 == drawn["optimizer"]
-
-
-@pytest.mark.parametrize("model", [measure_speed.TIMED, measure_speed.CONDITIONAL], ids=lambda model: model.name)
-def test_training_tells_of_labels_what_the_lesson_does(model, tiny, monkeypatch):
-    """Of ten labels one is dropped there, and a network without labels is told none."""
-    told, denoising_loss = [], measure_speed.lesson3.denoising_loss
-    loss = lambda *parts: told.append(parts[4:]) or denoising_loss(*parts)  # noqa: E731
-    monkeypatch.setattr(measure_speed.lesson3, "denoising_loss", loss)
-    measure_speed.start_training(measure_speed.Competitor("ours", model, tiny), CPU, 64)()
-    (labels,) = told
-    assert [10 in label for label in labels] == [True] * (model is measure_speed.CONDITIONAL)
-
-
-def test_two_steps_have_guidance_where_half_of_18_have(lesson3, lesson4):
     for steps in (2, 18):
         guided = [sigma <= lesson4.GUIDED_BELOW for sigma in lesson3.noise_levels(steps)[:-1]]
         assert 2 * sum(guided) == steps
@@ -142,12 +130,13 @@ def test_the_tables(monkeypatch, capsys):
     assert all(line[-4:] == ["2", "3.00", "40%", "5.0%"] for line in lines)
 
 
-def test_growth(tiny, capsys, lesson4):
-    cost = [measure_speed.measure_cost(tiny, measure_speed.PRESETS[tiny], size, CPU, None) for size in (28, 56)]
-    parameters, operations, kept, *_ = ([row[i] for row in cost] for i in range(5))
+def test_growth(tiny, lesson4):
+    costs = [measure_speed.measure_cost(tiny, measure_speed.PRESETS[tiny], size, CPU, None, 1e7) for size in (28, 56)]
+    parameters, operations, kept, _, batch_size = zip(*costs, strict=True)
     assert parameters[0] == parameters[1]
     assert 4 < operations[1] / operations[0] < 16  # attention grows with the square of the pixels
     assert kept[1] / kept[0] == pytest.approx(4, rel=0.1)
+    assert batch_size == tuple(round(1e7 / each) for each in operations)
     for name, preset, _ in measure_speed.growth_nets():
         with torch.device("meta"):
             network = lesson4.build(preset, 10)
