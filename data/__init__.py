@@ -1,10 +1,11 @@
-"""The data sets: Fashion-MNIST, and garments that are drawn here and need no download."""
+"""The data sets: Fashion-MNIST, garments that are drawn here and need no download, and your own pictures."""
 
+import os
 from typing import NamedTuple
 
 import numpy as np
 
-from data import fashion_mnist, garments
+from data import fashion_mnist, garments, pictures
 from data.fashion_mnist import DataError
 
 __all__ = ["NAMES", "SPLITS", "DataError", "Dataset", "load"]
@@ -26,7 +27,7 @@ def load(name="auto", split="train", data_dir=None, download=True):
     name: "fashion-mnist" (or other files in its format, see `data/fashion_mnist.py` for where they are looked for),
         "garments" (drawn here), or "auto": Fashion-MNIST, and the garments where it can't be had.
     split: "train" or "test".
-    data_dir: the folder with the four IDX files; garments need none.
+    data_dir: the folder with the four IDX files, or with a folder of pictures for each class; garments need none.
     download: whether Fashion-MNIST may be downloaded; if not, "auto" takes it only where it lies on the disk.
 
     Raises DataError, with one line to show the user, for damaged or missing files; ValueError for an unknown name.
@@ -35,6 +36,9 @@ def load(name="auto", split="train", data_dir=None, download=True):
         raise ValueError(f"no data set {name!r}, {split!r}: name is one of {NAMES}, split one of {SPLITS}")
     if name == "garments" and data_dir is not None:
         raise DataError("--data garments are drawn, not read: leave --data-dir out")
+    folder = data_dir or os.environ.get("FASHION_MNIST_DIR")
+    if name != "garments" and folder and pictures.find(folder):
+        return Dataset(*pictures.load(split, folder))
     if name != "garments":
         try:
             return Dataset(*fashion_mnist.load(split, data_dir, download))

@@ -266,11 +266,10 @@ def sweep(options, denoiser, run, train, panel):
 
     print_table("steps  evaluations  guidance", measure_settings())
     figure, axes = plt.subplots(1, len(swept), figsize=(8, 4.2), squeeze=False, sharey=True)
-    ticks = SWEPT_STEPS, SWEPT_GUIDANCE
     for place, (axis, (xlabel, settings)) in enumerate(zip(axes[0], swept.items(), strict=True)):
         x = [setting[place] for setting in settings]
         lines = {name: [found[setting][name].distances[0] for setting in settings] for name in panel.judges}
-        lesson1.plot_lines(axis, x, lines, xlabel=xlabel, xticks=ticks[place])
+        lesson1.plot_lines(axis, x, lines, xlabel=xlabel)
         for name, line in zip(panel.judges, axis.get_lines(), strict=True):
             axis.axhline(floor[name].distances[0], linestyle=line.get_linestyle(), color="0.7", zorder=0)
     highest = max(verdict.distances[0] for verdicts in found.values() for verdict in verdicts.values())

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_data import idx
+from test_data import idx, write_pictures
 
 from data import load
 
@@ -175,6 +175,16 @@ def write_symbols(folder, height, width):
         (folder / f"{split}-images-idx3-ubyte").write_bytes(idx(images))
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(idx((np.arange(40) % 3).astype(np.uint8)))
     return folder
+
+
+@pytest.mark.parametrize(("n_classes", "each"), [(10, 10), (1, 1)])
+def test_ones_own_pictures(lesson4, run, tmp_path, n_classes, each):
+    folder = write_pictures(tmp_path / "squares", n_classes, each)
+    options = ["--epochs", 20 / (n_classes * each), "--data-dir", folder, "--out", tmp_path / "out"]
+    status, output, _ = run(lesson4, *TINY[2:], *options, "--class", "class 0")
+    assert status == 0
+    assert f"squares: {max(1, n_classes * (each - 1))} images, 28 × 28, {n_classes} classes" in output
+    assert np.load(tmp_path / "out" / "samples.npy").shape == (2, 1, 28, 28)
 
 
 def test_the_real_files(lesson4, run, tmp_path):

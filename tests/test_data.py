@@ -4,6 +4,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import itertools
 import os
 import threading
 import tracemalloc
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
-from data import fashion_mnist, garments
+from data import fashion_mnist, garments, pictures
 
 OFFICIAL = os.environ.get("FASHION_MNIST_DIR")
 needs_official = pytest.mark.skipif(not OFFICIAL, reason="FASHION_MNIST_DIR is not set")
@@ -179,3 +181,77 @@ def test_without_a_network_garments_take_its_place(monkeypatch, tmp_path, capsys
     assert "garments take its place" in capsys.readouterr().out
     with pytest.raises(data.DataError, match="could not be downloaded"):
         data.load("fashion-mnist", "test")
+
+
+# Your own pictures
+def write_pictures(folder, n_classes=10, each=10):
+    """Grey squares on black, PNG and JPEG in turn, larger from class to class and lighter from picture to picture."""
+    for label, i in itertools.product(range(n_classes), range(each)):
+        path = folder / f"class {label}" / f"{i:02}.{('png', 'JPG')[i % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.zeros((40, 40), np.uint8)
+        pixels[: 3 * label + 8, : 3 * label + 8] = 100 + 5 * i
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def test_folders_of_pictures(tmp_path, monkeypatch, capsys):
+    folder = write_pictures(tmp_path / "squares")
+    (folder / "class 3" / "notes.txt").write_text("no picture")
+    (folder / ".hidden").mkdir()
+    (folder / "readme.png").write_text("beside the classes, so not asked for")
+    train, test = (data.load("auto", split, folder) for split in data.SPLITS)
+    assert train.classes == test.classes == tuple(f"class {label}" for label in range(10))
+    assert train.name == test.name == "squares"
+    assert train.images.shape == (90, 28, 28) and test.images.shape == (10, 28, 28)
+    assert train.images.dtype == np.uint8 and train.labels.dtype == np.int64
+    assert train.labels.tolist() == sorted(9 * list(range(10))) and test.labels.tolist() == list(range(10))
+    assert np.abs(train.images[:, 0, 0].reshape(10, 9) - np.arange(100.0, 145, 5)).max() < 8  # JPEG
+    assert np.abs(test.images[:, 0, 0] - 145.0).max() < 8
+    assert not train.images[train.labels == 5, 18:].any()  # 23 of 40 pixels are 16.1 of 28
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(folder))
+    np.testing.assert_array_equal(data.load(split="test").images, test.images)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("n_classes", "each", "held_out"), [(1, 1, 1), (2, 1, 1), (3, 4, 1), (1, 29, 2)])
+def test_at_least_one_picture_is_held_out(tmp_path, n_classes, each, held_out):
+    train, test = (data.load("auto", split, write_pictures(tmp_path, n_classes, each)) for split in data.SPLITS)
+    assert len(test.images) == held_out
+    assert len(train.images) == max(1, n_classes * each - held_out)
+
+
+def test_pictures_become_grey_upright_and_fitted(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    wide = np.zeros((10, 20, 4), np.uint8)
+    wide[:, :10] = 255, 0, 0, 255  # red; the rest is transparent
+    wide[:, 10:] = 255, 255, 255, 0
+    Image.fromarray(wide).save(tmp_path / "a" / "red.png")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(np.repeat(np.uint8([[200], [0]]), 10, axis=0).repeat(20, axis=1)).save(
+        tmp_path / "a" / "x.jpg", exif=exif
+    )
+    images, *_ = pictures.load("train", tmp_path)  # the other is held out
+    expected = np.zeros((28, 28))
+    expected[7:21, :14] = 76  # the luminance of red
+    assert np.abs(images[0] - expected)[:, [*range(12), *range(16, 28)]].max() <= 1
+    assert "1 of 1 pictures have colours" in capsys.readouterr().out
+    upright, *_ = pictures.load("test", tmp_path)
+    assert upright[0, 0].max() < 10 and upright[0, 27].min() > 190
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None])
+def test_a_broken_picture_or_an_empty_folder_is_named(tmp_path, content):
+    write_pictures(tmp_path, 2, 3)
+    (tmp_path / "empty").mkdir()
+    if content is not None:
+        (tmp_path / "empty" / "broken.png").write_bytes(content)
+    with pytest.raises(
+        data.DataError, match=r"empty/broken.png: can't be read" if content is not None else "empty: no PNG"
+    ):
+        data.load("auto", "train", tmp_path)
+    whole = (tmp_path / "class 1" / "00.png").read_bytes()
+    (tmp_path / "empty" / "broken.png").write_bytes(whole[:-30])
+    with pytest.raises(data.DataError, match=r"broken.png: can't be read"):
+        data.load("auto", "train", tmp_path)
