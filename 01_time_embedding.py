@@ -270,7 +270,7 @@ def plot_grid(title, images, columns, rows=(), titles=()):
     """A figure of such a grid alone."""
     scale = min(12, max(4, 0.8 * columns)) / columns  # inches an image
     width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
-    figure, axes = plt.subplots(figsize=(max(7, width), height + 0.3 * bool(titles)))
+    figure, axes = plt.subplots(figsize=(max(8, width), height + 0.3 * bool(titles)))
     plot_images(axes, images, columns, rows, titles)
     figure.suptitle(title)
     return figure

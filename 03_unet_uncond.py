@@ -370,12 +370,13 @@ def show_noise():
     sigmas = torch.logspace(math.log10(0.02), math.log10(80), 10)
     x, titles = add_noise(garment, sigmas, torch.randn(10, 1, 28, 28)), []
     for sigma, picture in zip(sigmas, x, strict=True):
-        titles.append(f"σ = {sigma:.2g}\n{correlation(picture[None], garment):.2f}")
-        print(
-            f"   pixels {picture.min():7.1f} to {picture.max():6.1f}, σ and correlation", titles[-1].replace("\n", ", ")
-        )
+        share = correlation(picture[None], garment)
+        print(f"   sigma {sigma:6.2f}: pixels {picture.min():7.1f} to {picture.max():6.1f}, correlation {share:5.2f}")
+        titles.append(f"σ = {sigma:.2g}\n{share:.2f}")
     x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return lesson1.plot_grid(f"More and more noise, and the correlation with the garment ({name})", x, 5, titles=titles)
+    return lesson1.plot_grid(
+        f"More and more noise, and the correlation with the garment ({name})", x, 10, titles=titles
+    )
 
 
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
@@ -594,7 +595,7 @@ def update_ema(ema, denoiser, step):
 # the picture's title says. (c_in, c_skip and c_out know sigma for both; it is the network that isn't told.) For an
 # image shows by itself how noisy it is. Wherever there is background, all pixels should be the same, and differ by as
 # much as the noise is strong: the table's last line has their deviation in a corner of 3 × 3 pixels, as the network
-# sees it, after c_in. It tells low levels apart; above 5 or so little is left to tell, and little that it would change.
+# sees it, after c_in. It tells low levels apart; above 2 or so it hardly does, and there the time helps most.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 

@@ -86,11 +86,11 @@ def show_cost():
     sides, plain, attending, weights, quick, slow = table.T
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
     curves = {"block": plain, "with attention": attending, "weights, if kept": weights}
-    levels = {"xlabel": "side of the level in pixels", "xscale": "log", "yscale": "log"}
-    lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept", **levels)
+    levels = {"xlabel": "side of the level in pixels", "xscale": "log"}
+    lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept", yscale="log", **levels)
     lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **levels)
-    first, last = (f"{slow[i] / quick[i]:.1f} times at {sides[i]:.0f} × {sides[i]:.0f}" for i in (0, -1))
-    figure.suptitle(f"What attention does to the block's time: {first} pixels, {last} ({name})")
+    first, last = (f"{slow[i] / quick[i]:.1f} times as long at {sides[i]:.0f} × {sides[i]:.0f}" for i in (0, -1))
+    figure.suptitle(f"With attention a block takes {first}, {last} ({name})")
     return figure
 
 
@@ -281,8 +281,8 @@ def show_guidance():
 
 # %% 6. From one class to another
 # The label is a row of numbers, and between two rows there are others, which no class has. What does the network make
-# when it is told "three quarters a pullover, one quarter a trouser"? Even steps would be 12 % of the way each; but most
-# of the way lies in few of them, where one class becomes the other.
+# when it is told "three quarters a pullover, one quarter a trouser"? Of eight even steps each would be an eighth of the
+# way. But the largest is two to four times as long: there, one class becomes the other.
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
     blended = copy.deepcopy(denoiser)
