@@ -975,12 +975,9 @@ def load_checkpoint(path, **asked):
     except Exception as error:  # of many kinds: whatever reading strange bytes can lead to
         raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
     there = run._asdict()
-    differing = ", ".join(
-        f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]
-    )
+    differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
     if differing:
-        differing = differing.replace("_", " ")
-        raise UserError(f"{path}: of another run ({differing}); --restart trains anew, --out DIR keeps both")
+        raise UserError(f"{path}: of another run ({', '.join(differing)}); --restart trains anew, --out DIR keeps both")
     return content | {"run": run}
 
 
