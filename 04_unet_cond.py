@@ -221,9 +221,9 @@ def show_labels():
 GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
 
 
-def choose_guidance(epochs):
-    """The guidance, w below, that suits a network trained for so many epochs."""
-    return GUIDANCE if epochs < 10 else GUIDANCE_LATER
+def choose_guidance(seen):
+    """The guidance, w above, that suits a network trained on so many images, each counted as often as it came."""
+    return GUIDANCE if seen < 600_000 else GUIDANCE_LATER
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
@@ -371,7 +371,7 @@ def work(options):
         find_classes(options.only, lesson3.load_once(split="train", **lesson3.DATA).classes)  # better before training
     denoiser, run = lesson3.get_denoiser(options, MODEL, path)
     wanted = find_classes(options.only, run.classes)
-    guidance = choose_guidance(run.epochs) if options.guidance is None else options.guidance
+    guidance = choose_guidance(run.epochs * run.images) if options.guidance is None else options.guidance
     starts = [(options.seed, label, index) for label in wanted for index in range(options.n)]
     sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(options.steps))
     make_denoise = functools.partial(guide, denoiser, guidance=guidance)
@@ -388,7 +388,7 @@ def work(options):
 def main():
     parser, group = lesson3.make_run_parser(__file__, __doc__, n=10)
     parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="sample this class only (all)")
-    told = f"how strongly the label guides, 0 as it is ({GUIDANCE:g}; after 10 epochs {GUIDANCE_LATER:g})"
+    told = f"how strongly the label guides, 0 as it is ({GUIDANCE:g}; after 600,000 images {GUIDANCE_LATER:g})"
     parser.add_argument("--guidance", metavar="W", type=lesson3.number(float, -1, 100), help=told)
     group.add_argument("--pretrained", action="store_true", help="sample from the weights in data/pretrained")
     options = parser.parse_args()

@@ -381,9 +381,9 @@ def work(options):
         epochs, sources[options.checkpoint] = run.epochs, (run.classes, run.data)
         if options.guidance is not None and run.network != "CondUNet":
             raise UserError(f"--guidance: {run.network} in {options.checkpoint} has no label to be guided by")
-    if options.guidance is None and (options.ladder or run.network == "CondUNet"):
-        options.guidance = lesson4.choose_guidance(epochs)
     train, test = (lesson3.load_once(split=split, **lesson3.DATA) for split in data.SPLITS)
+    if options.guidance is None and (options.ladder or run.network == "CondUNet"):
+        options.guidance = lesson4.choose_guidance(epochs * (len(train.images) if options.ladder else run.images))
     sources |= {"training images": train[2:], "test images": test[2:]}
     for place, (classes, name) in sources.items():
         if (classes, name) != (data.fashion_mnist.CLASSES, "Fashion-MNIST"):
