@@ -7,7 +7,9 @@ fast ones and slow ones, is better (Vaswani et al. 2017, section 3.5; lecture se
 """
 
 import argparse
+import io
 import math
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -234,7 +236,8 @@ def show_scale_shift():
 
 # %% What the other lessons share
 def plot_lines(axes, x, lines, **labels):
-    """Up to three curves over x, by name, that differ without colour too; `labels` is what `axes.set` takes."""
+    """Up to three curves over x, by name, that differ without colour too; few points are marked, and have their ticks.
+    labels: what `axes.set` takes."""
     for (name, y), color, line in zip(lines.items(), ("black", "tab:orange", "0.5"), ("-", "--", "-."), strict=False):
         axes.plot(x, y, line, color=color, marker="o" if len(x) < 25 else None, label=name)
     axes.set(**labels)
@@ -276,9 +279,25 @@ def plot_grid(title, images, columns, rows=(), titles=()):
     return figure
 
 
+def write(path, save):
+    """Let save(buffer) make a file's content, and write it, all or nothing: what was there stays until all is there.
+
+    Raises OSError, with path and reason, where it can't be written.
+    """
+    buffer, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
+    save(buffer)
+    try:
+        part.write_bytes(buffer.getvalue())
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: can't be written ({error.strerror})") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def save_picture(figure, path):
     """Write the figure, say so, and close it."""
-    figure.savefig(path)
+    write(path, figure.savefig)
     print(f"wrote {path}")
     plt.close(figure)
 

@@ -56,11 +56,8 @@ def show_average():
     print(f"   q, k, v {tuple(q.shape)} -> weights {tuple(weights.shape)} -> averages {tuple(averages.shape)}")
     print(f"   a row sums to one but for {(weights.sum(dim=-1) - 1).abs().max():.0e}; least weight {weights.min():.0e}")
     print("   of channel 0, values, averages, and sums with the scores themselves as weights:")
-    print(
-        *(f"      from {part[:, 0].min():.1f} to {part[:, 0].max():.1f}\n" for part in (v, averages, sums)),
-        sep="",
-        end="",
-    )
+    for part in (v, averages, sums):
+        print(f"      from {part[:, 0].min():.1f} to {part[:, 0].max():.1f}")
 
 
 # %% 2. An image is a sequence of pixels

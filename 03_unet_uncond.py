@@ -166,7 +166,7 @@ class Saved:
         return self.saved
 
     def take(self):
-        """The saved output, which is forgotten here: no activation outlives the forward pass that made it."""
+        """The saved output, which is forgotten here: no activation outlives a forward pass that ends."""
         saved, self.saved = self.saved, None
         return saved
 
@@ -341,10 +341,10 @@ def show_skips():
         network, curves[row] = train_skips(cut, images)
         rows[row] = network(noisy)
         errors.append(float(F.mse_loss(rows[row], garments)))
-        print(f"   {row}: error {np.mean(curves[row][-20:]):.3f} in training, {errors[-1]:.3f} on 8 test images")
+        print(f"   {row}: error {np.mean(curves[row][-20:]):.3f} in training, {errors[-1]:.3f} on test images")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
     lesson1.plot_lines(left, range(100), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4))
-    lesson1.plot_images(right, torch.cat(list(rows.values())), 8, rows)
+    lesson1.plot_images(right, torch.cat(list(rows.values())), len(garments), rows)
     figure.suptitle(f"Without skips {errors[1] / errors[0]:.1f} times the error: edges are lost ({name})")
     return figure
 
@@ -946,13 +946,7 @@ def crop(images, size):
 # %% The run: its checkpoint
 def save_checkpoint(path, content):
     """All or nothing: an interrupted write leaves the old file as it was."""
-    buffer, part = io.BytesIO(), path.with_suffix(f".{os.getpid()}.part")
-    torch.save(content, buffer)  # to memory, for torch's own writing has no OSError for a full disk
-    try:
-        part.write_bytes(buffer.getvalue())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    lesson1.write(path, functools.partial(torch.save, content))
 
 
 def load_checkpoint(path, **asked):
@@ -977,7 +971,9 @@ def load_checkpoint(path, **asked):
     there = run._asdict()
     differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
     if differing:
-        raise UserError(f"{path}: of another run ({', '.join(differing)}); --restart trains anew, --out DIR keeps both")
+        raise UserError(
+            f"{path}: of another run ({', '.join(differing)}): see --restart, or --out DIR for another folder"
+        )
     return content | {"run": run}
 
 
@@ -1025,10 +1021,6 @@ def get_denoiser(options, model, path):
     batch_size = options.batch_size or preset.batch_size
     if batch_size % PROCESSES:
         raise UserError(f"--batch-size {batch_size}: must be a multiple of {PROCESSES}, the number of processes")
-    if PROCESSES > 1:
-        dist.init_process_group()
-        if device.type == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
     train_set = load_once(split="train", **DATA)
     images, labels = pad(torch.from_numpy(train_set.images)[:, None], preset), torch.from_numpy(train_set.labels)
     sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
@@ -1038,6 +1030,14 @@ def get_denoiser(options, model, path):
     of_data = {"data": train_set.name, "images": len(images), "classes": train_set.classes}
     size = train_set.images.shape[1:]
     run = Run(network=model.name, preset=preset_name, **training, **of_data, size=size, sigma_data=sigma_data)
+    if PROCESSES > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
+        dist.init_process_group()
+        runs = [None] * PROCESSES
+        dist.all_gather_object(runs, run)
+        if runs.count(run) < PROCESSES:
+            raise UserError("the processes found different data: see --data and --data-dir")
     print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
     checkpoint = None if options.restart else load_checkpoint(path, **run._asdict())
     if checkpoint and checkpoint["step"] == run.steps:
@@ -1065,7 +1065,7 @@ def begin(run, model, device, path, checkpoint):
         restore(checkpoint, path, **parts)
         done, losses = checkpoint["step"], checkpoint["losses"]
     print(f"network   {run.network}, preset {run.preset}: {sum(p.numel() for p in ema.parameters()):,} parameters")
-    print(f"device    {PROCESSES} × {device}, {'bfloat16' if denoiser.precision else 'float32'}")
+    print(f"device    {PROCESSES} × {device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
     print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
     return parts, done, losses.to(device)
 
@@ -1097,7 +1097,7 @@ def fit(run, model, dataset, path, checkpoint):
     handlers = {kind: signal.signal(kind, request_stop) for kind in kinds}
     total, begun, saved = run.steps * run.batch_size, done * run.batch_size, time.monotonic()
     bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
-    with bar:
+    try:
         for step, loss, norm in train(trained, ema, optimizers, batches(), run.steps):
             if PROCESSES > 1:
                 dist.all_reduce(loss)
@@ -1117,15 +1117,17 @@ def fit(run, model, dataset, path, checkpoint):
                 saved = time.monotonic()
             if stops and due:  # one that came after `due` was decided waits for the next step, which is saved
                 break
-    for kind, handler in handlers.items():
-        signal.signal(kind, handler)
+    finally:
+        bar.close()
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+    print(f"wrote {path}")
+    if done == run.steps and RANK == 0:
+        lesson1.save_picture(plot_losses(f"{run.title}: the loss", losses.cpu().numpy()), path.with_name("loss.png"))
     if stops:
         again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
-        print(f"stopped after step {done:,} of {run.steps:,}; all is saved in {path}. To go on:\n{again}")
+        print(f"stopped after step {done:,} of {run.steps:,}. To go on:\n{again}")
         sys.exit(130)
-    print(f"wrote {path}")
-    if RANK == 0:
-        lesson1.save_picture(plot_losses(f"{run.title}: the loss", losses.cpu().numpy()), path.with_name("loss.png"))
     return ema
 
 
@@ -1158,16 +1160,16 @@ def sample_images(run, starts, make_denoise, sampler, device):
 
     make_denoise(label): what `sample` needs for images of these labels `(n,)`. sampler(denoise, noise): `sample`.
     """
-    images = []
+    images, film = [], []
     for first in range(0, len(starts), 200):
         chosen = starts[first : first + 200]
         denoise = make_denoise(torch.tensor([label for _, label, _ in chosen], device=device))
         shown = np.linspace(0, len(chosen) - 1, min(len(chosen), 4)).round().astype(int)
-        steps = sampler(denoise, draw_noise(run, chosen, device))
-        states = list(tqdm(steps, desc="sampling", unit=" steps", leave=False, disable=None))
-        if first == 0:
-            film = [(sigma, *(crop(part[shown], run.size).cpu() for part in state)) for sigma, *state in states]
-        images.append(crop(states[-1][1], run.size).clamp(-1, 1).cpu())
+        states = sampler(denoise, draw_noise(run, chosen, device))
+        for sigma, *state in tqdm(states, desc="sampling", unit=" steps", leave=False, disable=None):
+            if first == 0:
+                film.append((sigma, *(crop(part[shown], run.size).cpu() for part in state)))
+        images.append(crop(state[0], run.size).clamp(-1, 1).cpu())
     return torch.cat(images), film
 
 
@@ -1176,7 +1178,7 @@ def write_samples(out, title, samples, rows=(), columns=10):
     images, film = samples
     lesson1.save_picture(lesson1.plot_grid(title, images, columns, rows), out / "samples.png")
     lesson1.save_picture(plot_film(f"{title}: from noise to garment", film), out / "denoising.png")
-    np.save(out / "samples.npy", images.numpy())
+    lesson1.write(out / "samples.npy", lambda file: np.save(file, images.numpy()))
     print(f"wrote {out / 'samples.npy'}")
 
 
@@ -1197,7 +1199,11 @@ def make_run_parser(script, description, n):
     parser = lesson1.make_parser(script, description)
     add, count = parser.add_argument, number(int, 1, 10**6)
     add("--data", choices=data.NAMES, default="auto", help="(%(default)s: garments where Fashion-MNIST can't be had)")
-    add("--data-dir", metavar="DIR", help="folder with the four IDX files, also $FASHION_MNIST_DIR")
+    add(
+        "--data-dir",
+        metavar="DIR",
+        help="folder with IDX files, or with one of pictures for each class; also $FASHION_MNIST_DIR",
+    )
     add("--preset", choices=PRESETS, help="network and settings (lecture on CUDA, small elsewhere)")
     add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="may be a fraction (preset's)")
     add("--batch-size", metavar="B", type=count, help="images a training step (preset's)")

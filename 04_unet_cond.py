@@ -222,7 +222,7 @@ GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
 
 
 def choose_guidance(seen):
-    """The guidance, w above, that suits a network trained on so many images, each counted as often as it came."""
+    """The guidance, w above, that suits a network whose run is of so many images (its epochs times theirs)."""
     return GUIDANCE if seen < 600_000 else GUIDANCE_LATER
 
 
@@ -376,10 +376,8 @@ def work(options):
     sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(options.steps))
     make_denoise = functools.partial(guide, denoiser, guidance=guidance)
     samples = lesson3.sample_images(run, starts, make_denoise, sampler, denoiser.device)
-    title, grid = (
-        f"{run.title}, {options.steps} steps, guidance {guidance:g}",
-        {"rows": run.classes, "columns": options.n},
-    )
+    title = f"{run.title}, {options.steps} steps, guidance {guidance:g}"
+    grid = {"rows": run.classes, "columns": options.n}
     if options.only is not None:
         title, grid = f"{run.classes[wanted[0]]}: {title}", {"columns": 8}
     lesson3.write_samples(options.out, title, samples, **grid)
@@ -389,7 +387,7 @@ def main():
     parser, group = lesson3.make_run_parser(__file__, __doc__, n=10)
     parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="sample this class only (all)")
     told = f"how strongly the label guides, 0 as it is ({GUIDANCE:g}; after 600,000 images {GUIDANCE_LATER:g})"
-    parser.add_argument("--guidance", metavar="W", type=lesson3.number(float, -1, 100), help=told)
+    parser.add_argument("--guidance", metavar="W", type=lesson3.number(float, 0, 100), help=told)
     group.add_argument("--pretrained", action="store_true", help="sample from the weights in data/pretrained")
     options = parser.parse_args()
     options.sample_only |= options.pretrained

@@ -1,6 +1,7 @@
 """The data sets: Fashion-MNIST, garments that are drawn here and need no download, and your own pictures."""
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +25,9 @@ class Dataset(NamedTuple):
 def load(name="auto", split="train", data_dir=None, download=True):
     """A whole data set in memory, as a `Dataset`.
 
-    name: "fashion-mnist" (or other files in its format, see `data/fashion_mnist.py` for where they are looked for),
-        "garments" (drawn here), or "auto": Fashion-MNIST, and the garments where it can't be had.
+    name: "fashion-mnist" (or what lies in its place: other files in its format, see `data/fashion_mnist.py` for where
+        they are looked for, or pictures), "garments" (drawn here), or "auto": the first, and garments where it can't be
+        had.
     split: "train" or "test".
     data_dir: the folder with the four IDX files, or with a folder of pictures for each class; garments need none.
     download: whether Fashion-MNIST may be downloaded; if not, "auto" takes it only where it lies on the disk.
@@ -36,10 +38,11 @@ def load(name="auto", split="train", data_dir=None, download=True):
         raise ValueError(f"no data set {name!r}, {split!r}: name is one of {NAMES}, split one of {SPLITS}")
     if name == "garments" and data_dir is not None:
         raise DataError("--data garments are drawn, not read: leave --data-dir out")
-    folder = data_dir or os.environ.get("FASHION_MNIST_DIR")
-    if name != "garments" and folder and pictures.find(folder):
-        return Dataset(*pictures.load(split, folder))
     if name != "garments":
+        folder = data_dir or os.environ.get("FASHION_MNIST_DIR")
+        is_idx = not folder or fashion_mnist.find(Path(folder), fashion_mnist.FILES[split][0])
+        if not is_idx and (classes := pictures.find(folder)):
+            return Dataset(*pictures.load(split, folder, classes))
         try:
             return Dataset(*fashion_mnist.load(split, data_dir, download))
         except fashion_mnist.DownloadError as error:

@@ -94,7 +94,7 @@ def vision_transformer(image, parameters, heads, depth, patch):
     return p["classify.weight"] @ mean + p["classify.bias"]
 
 
-def convolution_by_attention(image, weight, bias, sharpness=100.0):
+def convolution_by_attention(image, weight, bias):
     """A 3×3 convolution with zeros around the image, from attention weights alone (Cordonnier et al. 2020).
 
     image: (c, h, w). weight: (out, c, 3, 3). bias: (out,). Returns (out, h, w).
@@ -107,6 +107,6 @@ def convolution_by_attention(image, weight, bias, sharpness=100.0):
         for j in range(3):  # the head that hears the pixel under weight[:, :, i, j]
             for asking, (row, column) in enumerate(pixels):
                 distances = [(row + i - 1 - r) ** 2 + (column + j - 1 - s) ** 2 for r, s in pixels]
-                weights = softmax(-sharpness * np.array([*distances, 0.5]))  # of zeros, if there's no such pixel
+                weights = softmax(-100 * np.array([*distances, 0.5]))  # of zeros, if there's no such pixel
                 y[:, asking] += weight[:, :, i, j] @ (weights @ values)
     return y.reshape(-1, h, w)

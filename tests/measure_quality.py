@@ -270,6 +270,7 @@ def sweep(options, denoiser, run, train, panel):
         x = [setting[place] for setting in settings]
         lines = {name: [found[setting][name].distances[0] for setting in settings] for name in panel.judges}
         lesson1.plot_lines(axis, x, lines, xlabel=xlabel)
+        axis.set_xticks((SWEPT_STEPS, SWEPT_GUIDANCE)[place])  # without the value that was asked for, between them
         for name, line in zip(panel.judges, axis.get_lines(), strict=True):
             axis.axhline(floor[name].distances[0], linestyle=line.get_linestyle(), color="0.7", zorder=0)
     highest = max(verdict.distances[0] for verdicts in found.values() for verdict in verdicts.values())
@@ -350,7 +351,7 @@ def make_parser():
     add("--n", metavar="N", type=lesson3.number(int, 20, 60_000), help=n)
     add("--method", choices=("ddim", "dpm++", "heun"), default="dpm++", help="the sampler (%(default)s)")
     add("--steps", metavar="S", type=count, default=18, help="to a sample (%(default)s); heun: two evaluations each")
-    add("--guidance", metavar="W", type=lesson3.number(float, -1, 100), help="where there is a label (as in 04)")
+    add("--guidance", metavar="W", type=lesson3.number(float, 0, 100), help="where there is a label (as in 04)")
     add("--sweep", action="store_true", help="the distance against steps, and against guidance")
     add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")

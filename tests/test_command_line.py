@@ -1,12 +1,14 @@
 """03 and 04 as their user runs them: in this process with tiny nets, or in one of its own where that matters."""
 
+import functools
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -153,10 +155,24 @@ def test_show_draws_the_lesson_and_does_not_train(lesson4, run, tmp_path, monkey
     status, _, errors = run(lesson4, *options, "--class", "3")
     assert status == 2
     assert "must be one of 0, 1, 2" in errors
-    shown = mock.Mock()
-    monkeypatch.setattr(lesson4.lesson1, "run_sections", shown)
-    assert run(lesson4.lesson3, "--show", "--out", tmp_path)[0] == 0
-    shown.assert_called_once_with(vars(lesson4.lesson3), tmp_path / "lesson")
+
+
+def test_show_of_lesson_3_on_few_pictures(lesson3, run, tmp_path, monkeypatch):
+    def shortly(train, times, *told):  # two steps, and their losses again and again, as many as are to be drawn
+        trained, losses = train(*told, steps=2)
+        return trained, times * losses
+
+    for name, times in (("train_skips", 50), ("train_small", 60)):
+        monkeypatch.setattr(lesson3, name, functools.partial(shortly, getattr(lesson3, name), times))
+    levels = lesson3.noise_levels
+    monkeypatch.setattr(lesson3, "noise_levels", lambda steps: levels(min(steps, 20)))
+    folder = write_pictures(tmp_path / "squares", 3, 20)  # six of them are held out
+    status, output, errors = run(lesson3, "--show", "--data-dir", folder, "--out", tmp_path)
+    assert status == 0, errors
+    drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "09_training", "10_muon", "11_sampling"]
+    pictures = sorted((tmp_path / "lesson").iterdir())
+    assert [path.stem for path in pictures] == [*drawn, "12_few_steps"]
+    assert re.findall(r"^wrote (.+)$", output, re.M) == [str(path) for path in pictures]
 
 
 @pytest.mark.parametrize("options", [["--no-time"], ["--preset", "lecture"]])
@@ -243,12 +259,13 @@ def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp
     assert f"stopped after step {at + 1} of 12" in output
     assert output.splitlines()[-1].startswith("python ")
     assert "--restart" not in output.splitlines()[-1]
-    assert [path.name for path in parts.iterdir()] == ["checkpoint.pt"]
+    assert sorted(path.name for path in parts.iterdir()) == ["checkpoint.pt", "loss.png"][: 1 + (at == 11)]
     assert signal.getsignal(signal.SIGINT) is before
     status, output, _ = run(lesson4, *TINY, "--out", parts)
     assert status == 0
     assert ("finished" if at == 11 else f"from step {at + 1}") in output
     assert_same(read(parts), read(whole))
+    assert sorted(path.name for path in parts.iterdir()) == FILES
     np.testing.assert_array_equal(np.load(parts / "samples.npy"), np.load(whole / "samples.npy"))
 
 
@@ -272,13 +289,36 @@ def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path
         interrupt_at(lesson3, patch, 4)
         assert run(lesson4, *TINY, "--out", tmp_path)[0] == 130
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    denoising_loss = lesson3.denoising_loss
+    denoising_loss, handler = lesson3.denoising_loss, signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(lesson3, "denoising_loss", lambda *batch: denoising_loss(*batch) * torch.inf)
     status, _, errors = run(lesson4, *TINY, "--out", tmp_path)
     assert status == 2
     assert "not finite any more at step 6: try" in errors.splitlines()[-1]
+    assert signal.getsignal(signal.SIGINT) is handler
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(
+    ("room", "named", "left"),
+    [(20_000, "checkpoint.pt", FILES[:1]), (10**6, "samples.npy", [name for name in FILES if name != "samples.npy"])],
+)
+def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monkeypatch, room, named, left):
+    with monkeypatch.context() as patch:
+        interrupt_at(lesson3, patch, 4)
+        assert run(lesson4, *TINY, "--out", tmp_path)[0] == 130
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # of each file that is written
+    try:
+        status, _, errors = run(lesson4, *TINY, "--out", tmp_path, "--n", "40")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert status == 2
+    assert errors.splitlines()[-1].endswith(f"{tmp_path / named}: can't be written (File too large)")
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+    assert ((tmp_path / "checkpoint.pt").read_bytes() == before) == (named == "checkpoint.pt")
+    assert run(lesson4, *TINY, "--out", tmp_path)[0] == 0
 
 
 # What is typed wrong
@@ -298,6 +338,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path
         (["--seed", "-1"], "must be from 0"),
         (["--seed", str(2**70)], "must be from 0 to"),
         (["--guidance", "much"], "invalid number value"),
+        (["--guidance", "-1"], "must be from 0"),
         (["--data", "cifar"], "fashion-mnist"),
         (["--preset", "huge"], "lecture"),
         (["--device", "abacus"], "cpu"),

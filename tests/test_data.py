@@ -1,5 +1,6 @@
 """The data sets: the official files, other people's, and everything that can be wrong with a file or a network."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -214,31 +215,64 @@ def test_folders_of_pictures(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("n_classes", "each", "held_out"), [(1, 1, 1), (2, 1, 1), (3, 4, 1), (1, 29, 2)])
+@pytest.mark.parametrize(("n_classes", "each", "held_out"), [(1, 1, 0), (2, 1, 0), (3, 4, 1), (1, 29, 2)])
 def test_at_least_one_picture_is_held_out(tmp_path, n_classes, each, held_out):
+    """But not a class's only one."""
     train, test = (data.load("auto", split, write_pictures(tmp_path, n_classes, each)) for split in data.SPLITS)
-    assert len(test.images) == held_out
-    assert len(train.images) == max(1, n_classes * each - held_out)
+    assert len(test.images) == (held_out or n_classes)
+    assert len(train.images) == n_classes * each - held_out
+    assert set(train.labels.tolist()) == set(range(n_classes))
 
 
-def test_pictures_become_grey_upright_and_fitted(tmp_path, capsys):
-    (tmp_path / "a").mkdir()
-    wide = np.zeros((10, 20, 4), np.uint8)
-    wide[:, :10] = 255, 0, 0, 255  # red; the rest is transparent
-    wide[:, 10:] = 255, 255, 255, 0
-    Image.fromarray(wide).save(tmp_path / "a" / "red.png")
+def transparent():
+    """Half of it white, half transparent red."""
+    pixels = np.full((10, 20, 4), 255, np.uint8)
+    pixels[:, 10:] = 255, 0, 0, 0
+    return Image.fromarray(pixels)
+
+
+def upside_down():
     exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    Image.fromarray(np.repeat(np.uint8([[200], [0]]), 10, axis=0).repeat(20, axis=1)).save(
-        tmp_path / "a" / "x.jpg", exif=exif
-    )
-    images, *_ = pictures.load("train", tmp_path)  # the other is held out
+    exif[0x0112] = 3
+    return {"exif": exif}
+
+
+WHITE = Image.fromarray(np.repeat([np.repeat(np.uint8([255, 0]), 10)], 10, axis=0))  # the left half of 10 × 20 pixels
+SIXTEEN = Image.fromarray(np.asarray(WHITE).astype(np.uint16) * 257)
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "options", "coloured"),
+    [
+        ("x.png", WHITE, {}, False),
+        ("x.PNG", WHITE.convert("1"), {}, False),
+        ("x.png", WHITE.convert("LA"), {}, False),
+        ("x.png", WHITE.convert("P"), {}, False),
+        ("x.png", transparent(), {}, False),
+        ("x.png", transparent().quantize(), {}, False),
+        ("x.png", SIXTEEN, {}, False),
+        ("x.jpeg", WHITE.convert("RGB").convert("CMYK"), {"quality": 100}, False),
+        ("x.JPG", WHITE.rotate(180), upside_down() | {"quality": 100}, False),
+        ("x.png", Image.merge("RGB", [WHITE, WHITE.point(lambda _: 0), WHITE.point(lambda _: 0)]), {}, True),
+    ],
+)
+def test_pictures_become_grey_upright_and_fitted(tmp_path, capsys, name, picture, options, coloured):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "._x.png").write_text("hidden, as some systems have them beside each picture")
+    picture.save(tmp_path / "a" / name, **options)
+    images, *_ = data.load("auto", "train", tmp_path)[0]
     expected = np.zeros((28, 28))
-    expected[7:21, :14] = 76  # the luminance of red
-    assert np.abs(images[0] - expected)[:, [*range(12), *range(16, 28)]].max() <= 1
-    assert "1 of 1 pictures have colours" in capsys.readouterr().out
-    upright, *_ = pictures.load("test", tmp_path)
-    assert upright[0, 0].max() < 10 and upright[0, 27].min() > 190
+    expected[7:21, :14] = 76 if coloured else 255  # of red, the luminance
+    inside = [*range(12), *range(16, 28)]  # not where light and dark meet
+    assert np.abs(images - expected)[:6].max() == np.abs(images - expected)[22:].max() == 0
+    assert np.abs(images - expected)[9:19, inside].max() <= 3
+    assert ("1 of 1 pictures have colours" in capsys.readouterr().out) == coloured
+
+
+def test_files_in_the_format_of_fashion_mnist_come_before_pictures(digits):
+    write_pictures(digits, 2, 2)
+    (digits / "notes").mkdir()
+    assert data.load("auto", "train", digits).images.shape == (20, 12, 8)
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture", None])
@@ -247,11 +281,22 @@ def test_a_broken_picture_or_an_empty_folder_is_named(tmp_path, content):
     (tmp_path / "empty").mkdir()
     if content is not None:
         (tmp_path / "empty" / "broken.png").write_bytes(content)
-    with pytest.raises(
-        data.DataError, match=r"empty/broken.png: can't be read" if content is not None else "empty: no PNG"
-    ):
+    told = "empty: no PNG" if content is None else r"empty/broken.png: can't be read"
+    with pytest.raises(data.DataError, match=told):
         data.load("auto", "train", tmp_path)
     whole = (tmp_path / "class 1" / "00.png").read_bytes()
     (tmp_path / "empty" / "broken.png").write_bytes(whole[:-30])
     with pytest.raises(data.DataError, match=r"broken.png: can't be read"):
         data.load("auto", "train", tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+def test_damaged_pictures_are_refused_or_read(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8))
+    for name, options in (("x.jpg", upside_down()), ("x.png", {})):
+        image.save(tmp_path / name, **options)
+        good, random = (tmp_path / name).read_bytes(), np.random.default_rng(1)
+        for at in random.integers(0, len(good), 150).tolist():
+            (tmp_path / name).write_bytes(good[:at] + random.bytes(2) + good[at + 2 :])
+            with contextlib.suppress(data.DataError):
+                assert pictures.read(tmp_path / name)[0].shape == (28, 28)

@@ -16,9 +16,13 @@ def headings(page):
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
+def links(page):
+    return re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_and_pictures_exist(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for target in links(page):
         if not target.startswith("https://"):
             path, _, anchor = target.partition("#")
             assert (page.parent / path).is_file(), target
@@ -28,15 +32,18 @@ def test_links_and_pictures_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_scripts_options_and_tests_exist(page):
     text = page.read_text(encoding="utf-8")
-    code = "".join(path.read_text(encoding="utf-8") for path in (*SCRIPTS, *(ROOT / "tests").glob("*.py")))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
-        assert name == "test_" or f"def {name}(" in code, name
-    for command in re.findall(r"^    (?:.*python|torchrun|uv run) .*", text, flags=re.MULTILINE):
-        command = command.partition("#")[0].partition("&& cp")[0]
-        for path in re.findall(r"\S+\.py\b", command):
-            assert (ROOT / path).is_file(), command
-        for option in re.findall(r"--[a-z][\w-]+", command.partition(".py")[2]):
-            assert f'"{option}"' in code, command
+        assert f"def {name}(" in tests, name
+    scripts = [*SCRIPTS, *(path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_"))]
+    options = set(
+        re.findall(r'add(?:_argument)?\("(--[\w-]+)"|ladder\("(--[\w-]+)"', "".join(map(Path.read_text, scripts)))
+    )
+    options = {option for pair in options for option in pair} | {"--help"}
+    for command in re.findall(r"(?:python|torchrun|uv run) [^`\n]*\.py[^`\n#&]*", text):
+        *_, (script, told) = re.findall(r"(\S+\.py)\b([^#]*)", command)
+        assert (ROOT / script).is_file(), command
+        assert set(re.findall(r"--[a-z][\w-]+", told)) <= options, command
 
 
 def test_each_section_has_its_place_among_the_pictures():
@@ -48,8 +55,8 @@ def test_each_section_has_its_place_among_the_pictures():
         titles = re.findall(r"^# %% (\d+\. .*)$", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
         expected += [(script.name, ""), *(("", title) for title in titles)]
     assert told == expected
-    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    pictures = [path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".gif")]
+    shown = {(page.parent / target).resolve() for page in PAGES for target in links(page)}
+    pictures = {path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".gif")}
     assert len(pictures) > 30
-    assert [path for path in pictures if path.relative_to(ROOT / "docs").as_posix() not in shown] == []
+    assert pictures <= shown
     assert sum(path.stat().st_size for path in pictures) < 4e6

@@ -61,6 +61,19 @@ def test_a_batch_that_cannot_be_shared_is_refused(lesson3, lesson4, run, tmp_pat
     assert "--batch-size 8: must be a multiple of 3" in errors
 
 
+def test_processes_that_found_different_data_are_stopped(lesson3, lesson4, run, tmp_path, monkeypatch):  # noqa: F811
+    def gather(runs, run):
+        runs[:] = run, run._replace(data="Fashion-MNIST")  # where this process has drawn garments
+
+    monkeypatch.setattr(lesson3, "PROCESSES", 2)
+    monkeypatch.setattr(lesson3.dist, "init_process_group", lambda: None)
+    monkeypatch.setattr(lesson3.dist, "all_gather_object", gather)
+    status, _, errors = run(lesson4, *OPTIONS, "--out", tmp_path)
+    assert status == 2
+    assert "the processes found different data" in errors
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("asked", [["--sample-only"], ["--pretrained"], ["--show"]])
 def test_the_first_process_alone_samples(lesson3, lesson4, run, tmp_path, monkeypatch, asked):  # noqa: F811
     monkeypatch.setattr(lesson3, "RANK", 1)
