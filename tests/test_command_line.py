@@ -269,6 +269,17 @@ def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp
     np.testing.assert_array_equal(np.load(parts / "samples.npy"), np.load(whole / "samples.npy"))
 
 
+def test_a_second_ctrl_c_stops_at_once(lesson3, lesson4, run, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    for _ in range(2):
+        interrupt_at(lesson3, monkeypatch, 3)
+    status, _, errors = run(lesson4, *TINY, "--out", tmp_path)
+    assert status == 130
+    assert errors.splitlines()[-1] == "04_unet_cond.py: interrupted"
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_process_that_is_killed(tmp_path):
     """kill -9 leaves the last checkpoint, or none, but never half of one, nor a picture."""
     command = [sys.executable, ROOT / "03_unet_uncond.py", *TINY, "--epochs", "0.2", "--out", str(tmp_path)]
