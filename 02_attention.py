@@ -239,7 +239,7 @@ class SelfAttention(nn.Module):
 # Three projections of the same tokens are one with three times as many outputs: a single large matrix product keeps a
 # computer busier than three small ones. From section 8 on, that is how it is done.
 #
-# The lecture looks at the standard deviation behind its layer. An average of many values varies much less than they do.
+# The lecture looks at the standard deviation after its layer. An average of many values varies much less than they do.
 # So in a new network the branch is quiet, and nearly all of what comes out is what came in.
 @lesson1.section
 def show_layer():

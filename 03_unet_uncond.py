@@ -48,12 +48,12 @@ def load_garments(split, n):
 
 # %% 1. A convolution comes after its norm and its activation
 # A signal must come through all layers of a network, or the last ones don't know what the image was. A shortcut,
-# x + ..., lets it pass; but an activation *behind* the sum, as in the lecture's first residual blocks, bends it again,
+# x + ..., lets it pass; but an activation *after* the sum, as in the lecture's first residual blocks, bends it again,
 # block after block. Put norm and activation in front of each convolution, and what leaves a block is a plain sum.
 #
 # The same layers in both orders; x is `(n, c, h, w)` all the way:
 def activate_last(x, convs, norms):
-    """Activations behind the convolution and the sum (He et al. 2015, "Deep Residual Learning")."""
+    """Activations after the convolution and the sum (He et al. 2015, "Deep Residual Learning")."""
     h = F.silu(norms[0](convs[0](x)))
     return F.silu(x + norms[1](convs[1](h)))
 
@@ -154,7 +154,7 @@ def show_block():
 
 # %% 3. Saved: the up path will need what the down path computed
 # A class that keeps what the class it is mixed into returns: `super()` is the next one in the order in which Python
-# searches the ancestors. So it must be mixed in *front* of a module class; behind it, the module's `forward` is found
+# searches the ancestors. So it must be mixed in *front* of a module class; after it, the module's `forward` is found
 # first, and `Saved` is never asked.
 class Saved:
     """A module that keeps its output until the up path takes it."""

@@ -29,12 +29,12 @@ PRETRAINED = Path(lesson1.__file__).parent / "data" / "pretrained" / "cond.pt"
 TRAINED = {"path": PRETRAINED, "device": "auto"}  # the network that the sections ask; the command line can change it
 
 
-# %% 1. Attention behind the residual block, and on which levels
+# %% 1. Attention after the residual block, and on which levels
 # What a convolution found here, every other pixel can now ask for: whether the left shoulder has a sleeve, say. So
-# attention stands behind each residual block, down and up, and once in the middle (where notebook 28 has none); a skip
-# is saved behind it.
+# attention stands after each residual block, down and up, and once in the middle (where notebook 28 has none); a skip
+# is saved after it.
 class AttentionResBlock(lesson3.TimeResBlock):
-    """A residual block, with a place for attention behind it."""
+    """A residual block, with a place for attention after it."""
 
     def __init__(self, in_channels, out_channels, groups, embedding_dim):
         super().__init__(in_channels, out_channels, groups, embedding_dim)
@@ -249,7 +249,8 @@ def show_line():
     n, device = len(run.classes), denoiser.device
     noise = lesson3.draw_noise(run, [(0, i, 0) for i in range(n)], device)
     label, sigma = torch.arange(n, device=device), torch.full((n,), 3.0)
-    points = {w: guide(denoiser, label, w)(3 * noise, sigma) for w in (-1, 0, 0.5, 1, 3)}  # of nothing but noise
+    x = 3 * noise  # nothing but noise
+    points = {w: guide(denoiser, label, w, math.inf)(x, sigma) for w in (-1, 0, 0.5, 1, 3)}
     away = [f"{(point - points[0]).square().mean().sqrt():.2f}" for point in points.values()]
     print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from what the label says by itself")
     names = ["no label", "label", *(f"guidance {w:g}" for w in list(points)[2:])]

@@ -51,7 +51,7 @@ def test_images_and_times_of_a_batch_do_not_touch_each_other(time_unet):
 
 @pytest.mark.parametrize("out_channels", [8, 12])
 def test_a_block_equals_that_of_diffusers(lesson3, redraw, compare, out_channels):
-    """Also: scale and shift act behind the second norm, and each norm sees one image and one group."""
+    """Also: scale and shift act after the second norm, and each norm sees one image and one group."""
     block = redraw(lesson3.TimeResBlock(8, out_channels, 4, 6).double())
     options = {"temb_channels": 6, "groups": 4, "eps": 1e-5, "time_embedding_norm": "scale_shift"}
     twin = ResnetBlock2D(in_channels=8, out_channels=out_channels, **options).double()
