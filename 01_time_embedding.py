@@ -182,7 +182,7 @@ def show_rotation():
 
 
 # %% 6. From the embedding to a layer: scale and shift
-# Behind the embedding stands a small network, as in the lecture: hands that each tell one scale become whatever is
+# After the embedding stands a small network, as in the lecture: hands that each tell one scale become whatever is
 # useful to know. It runs once for the whole U-Net.
 class TimeEmbedding(nn.Module):
     """Times `(n,)` to vectors `(n, 4 * dim)`: sines and cosines in dim columns, then two linear layers."""
