@@ -186,7 +186,7 @@ def test_fill_is_exact_along_a_row():
     ("arguments", "error", "complaint"),
     [(split, ValueError, "train") for split in (("Train",), ("",), (None,), (0,), ("validation",))]
     + [(("train", n), ValueError, "at least 1") for n in (0, -1)]
-    + [(("train", 2.5), TypeError, ""), (("train", 10, -1), ValueError, "")],
+    + [(("train", 2.5), TypeError, "float"), (("train", 10, -1), ValueError, "negative")],
 )
 def test_bad_values(arguments, error, complaint):
     with pytest.raises(error, match=complaint):
