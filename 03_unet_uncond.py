@@ -1138,12 +1138,8 @@ def plot_losses(title, losses):
     figure, axes = plt.subplots(figsize=(8, 4.5))
     axes.plot(losses, color="0.8", linewidth=0.7)
     axes.plot(range(window - 1, len(losses)), smooth, color="black")
-    axes.set(
-        title=title,
-        xlabel="step",
-        ylabel=f"loss; black: mean of {window} steps",
-        ylim=(0, min(1.1, 1.1 * losses.max())),
-    )
+    axes.set(xlabel="step", ylabel=f"loss; black: mean of {window} steps", ylim=(0, min(1.1, 1.1 * losses.max())))
+    axes.set_title(title)
     return figure
 
 
@@ -1199,11 +1195,7 @@ def make_run_parser(script, description, n):
     parser = lesson1.make_parser(script, description)
     add, count = parser.add_argument, number(int, 1, 10**6)
     add("--data", choices=data.NAMES, default="auto", help="(%(default)s: garments where Fashion-MNIST can't be had)")
-    add(
-        "--data-dir",
-        metavar="DIR",
-        help="folder with IDX files, or with one of pictures for each class; also $FASHION_MNIST_DIR",
-    )
+    add("--data-dir", metavar="DIR", help="of IDX files, or of a folder of pictures a class; also $FASHION_MNIST_DIR")
     add("--preset", choices=PRESETS, help="network and settings (lecture on CUDA, small elsewhere)")
     add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="may be a fraction (preset's)")
     add("--batch-size", metavar="B", type=count, help="images a training step (preset's)")

@@ -29,7 +29,8 @@ def load(name="auto", split="train", data_dir=None, download=True):
         they are looked for, or pictures), "garments" (drawn here), or "auto": the first, and garments where it can't be
         had.
     split: "train" or "test".
-    data_dir: the folder with the four IDX files, or with a folder of pictures for each class; garments need none.
+    data_dir: the folder with the four IDX files, or with a folder of pictures for each class; None is
+        `$FASHION_MNIST_DIR`, if that is set. Garments need none.
     download: whether Fashion-MNIST may be downloaded; if not, "auto" takes it only where it lies on the disk.
 
     Raises DataError, with one line to show the user, for damaged or missing files; ValueError for an unknown name.
@@ -44,7 +45,7 @@ def load(name="auto", split="train", data_dir=None, download=True):
         if not is_idx and (classes := pictures.find(folder)):
             return Dataset(*pictures.load(split, folder, classes))
         try:
-            return Dataset(*fashion_mnist.load(split, data_dir, download))
+            return Dataset(*fashion_mnist.load(split, folder, download))
         except fashion_mnist.DownloadError as error:
             if name == "fashion-mnist":
                 raise

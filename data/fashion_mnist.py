@@ -55,17 +55,17 @@ class DownloadError(DataError):
     """No host could be reached, or none had the right files."""
 
 
-def load(split, data_dir=None, may_download=True):
+def load(split, named, may_download=True):
     """Images, labels, class names and the data set's name, from the first place that has the files.
 
-    The places are `data_dir`, `$FASHION_MNIST_DIR`, `data/fashion_mnist/` and the download, which fills the latter.
-    A folder that somebody named must hold the files. Files other than the official ones are welcome; their classes
-    are called "0", "1", ... and the data set after its folder.
+    The places are the folder that somebody named, which must hold the files; or else `data/fashion_mnist/`, and the
+    download, which fills it. Files other than the official ones are welcome; their classes are called "0", "1", ... and
+    the data set after its folder.
 
-    split: "train" or "test". Raises DataError where no place has the files, or where one of them is damaged; if they
-    are only to be had by a download that failed, or that isn't wanted (may_download), it is a DownloadError.
+    split: "train" or "test". named: that folder, or None. Raises DataError where no place has the files, or where one of
+    them is damaged; if they are only to be had by a download that failed, or that isn't wanted (may_download), it is a
+    DownloadError.
     """
-    named = data_dir or os.environ.get("FASHION_MNIST_DIR")
     if named:
         folder = Path(named)
     else:

@@ -38,8 +38,10 @@ def load(split, folder, classes):
     """
     pictures = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
     largest = max(classes.values(), key=len)
-    tenth = {path for paths in classes.values() for path in paths[9::10]} or {*largest[1:][-1:]}
-    chosen = [pair for pair in pictures if (pair[0] in tenth) == (split == "test")] or pictures
+    held_out = {path for paths in classes.values() for path in paths[9::10]}
+    if not held_out and len(largest) > 1:
+        held_out = {largest[-1]}
+    chosen = [pair for pair in pictures if (pair[0] in held_out) == (split == "test")] or pictures
     images, coloured = zip(*(read(path) for path, _ in chosen), strict=True)
     name = Path(folder).resolve().name
     if any(coloured):

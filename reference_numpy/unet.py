@@ -26,9 +26,8 @@ def residual_block(x, embedding, parameters, groups):
     h = convolution(silu(h), p["conv1.conv.weight"], p["conv1.conv.bias"], padding=1)  # (n, out, h, w)
     h = group_norm(h, groups, p["conv2.norm.weight"], p["conv2.norm.bias"])
     if embedding is not None:
-        scale_shift = linear(
-            silu(embedding), p["conv2.scale_shift.linear.weight"], p["conv2.scale_shift.linear.bias"]
-        )  # (n, 2 out)
+        weight, bias = p["conv2.scale_shift.linear.weight"], p["conv2.scale_shift.linear.bias"]
+        scale_shift = linear(silu(embedding), weight, bias)  # (n, 2 out)
         scale, shift = np.split(scale_shift, 2, axis=1)  # (n, out) each
         h = (1 + scale[:, :, None, None]) * h + shift[:, :, None, None]
     h = convolution(silu(h), p["conv2.conv.weight"], p["conv2.conv.bias"], padding=1)
@@ -51,10 +50,8 @@ def embed(time, label, parameters):
     p = parameters
     if "embed_time.linear1.weight" not in p:
         return None
-    columns = p["embed_time.linear1.weight"].shape[1]
-    h = linear(
-        timestep_embedding(time, columns), p["embed_time.linear1.weight"], p["embed_time.linear1.bias"]
-    )  # (n, dim)
+    weight, bias = p["embed_time.linear1.weight"], p["embed_time.linear1.bias"]
+    h = linear(timestep_embedding(time, weight.shape[1]), weight, bias)  # (n, dim)
     embedding = linear(silu(h), p["embed_time.linear2.weight"], p["embed_time.linear2.bias"])  # (n, dim)
     if "embed_label.weight" in p:
         rows = p["embed_label.weight"]  # (labels + 1, dim): one row for each label, and the last for "no label"

@@ -36,10 +36,8 @@ def test_scripts_options_and_tests_exist(page):
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
     scripts = [*SCRIPTS, *(path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_"))]
-    options = set(
-        re.findall(r'add(?:_argument)?\("(--[\w-]+)"|ladder\("(--[\w-]+)"', "".join(map(Path.read_text, scripts)))
-    )
-    options = {option for pair in options for option in pair} | {"--help"}
+    code = "".join(path.read_text(encoding="utf-8") for path in scripts)
+    options = {"--help", *re.findall(r'(?:add|add_argument|ladder)\("(--[\w-]+)"', code)}
     for command in re.findall(r"(?:python|torchrun|uv run) [^`\n]*\.py[^`\n#&]*", text):
         *_, (script, told) = re.findall(r"(\S+\.py)\b([^#]*)", command)
         assert (ROOT / script).is_file(), command
