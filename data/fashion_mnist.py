@@ -62,9 +62,9 @@ def load(split, named, may_download=True):
     download, which fills it. Files other than the official ones are welcome; their classes are called "0", "1", ... and
     the data set after its folder.
 
-    split: "train" or "test". named: that folder, or None. Raises DataError where no place has the files, or where one of
-    them is damaged; if they are only to be had by a download that failed, or that isn't wanted (may_download), it is a
-    DownloadError.
+    split: "train" or "test". named: that folder, or None. Raises DataError where no place has the files, or where one
+    of them is damaged; if they are only to be had by a download that failed, or that isn't wanted (may_download), it is
+    a DownloadError.
     """
     if named:
         folder = Path(named)
