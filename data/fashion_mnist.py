@@ -8,6 +8,7 @@ import hashlib
 import http.client
 import os
 import tempfile
+import time
 import urllib.request
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ HOSTS = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 )
 MOST_BYTES = 2**31  # of pixels in a file: a header that announces more is damaged
+MOST_FETCHED, SLOWEST, PATIENCE = 2**25, 10_000, 20  # bytes of a download; bytes a second, over so many seconds
 # (images, labels) of each split; and SHA-256 of each file: as it is distributed, and unpacked
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -131,7 +133,7 @@ def download(name):
         try:
             digest = fetch(url, CACHE / f"{name}.gz", expected := SHA256[name][0])
         except (OSError, http.client.HTTPException) as error:
-            troubles.append(f"{url}: {error}")
+            troubles.append(f"{url}: {' '.join(str(error).split())}")
             continue
         if digest == expected:
             return
@@ -146,13 +148,19 @@ def fetch(url, path, expected):
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     digest = hashlib.sha256()
     try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=20) as response:
-            size = int(response.headers.get("Content-Length", 0)) or None
-            with tqdm(total=size, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
-                while chunk := response.read(1 << 16):
+        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=PATIENCE) as response:
+            since, before = time.monotonic(), 0
+            with tqdm(total=response.length, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
+                while chunk := response.read1(1 << 16):  # what there is, rather than waiting for more
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
+                    if bar.n > MOST_FETCHED:
+                        raise OSError(f"more than {MOST_FETCHED:,} bytes")
+                    if time.monotonic() > since + PATIENCE:
+                        if bar.n < before + SLOWEST * PATIENCE:
+                            raise OSError(f"too slow, under {SLOWEST:,} bytes a second")
+                        since, before = time.monotonic(), bar.n
         if digest.hexdigest() == expected:
             Path(temporary).replace(path)
     finally:

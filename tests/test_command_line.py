@@ -78,20 +78,22 @@ def interrupt_at(lesson3, monkeypatch, at, number=signal.SIGINT):
 # A run from its beginning to its end
 
 
-def test_a_run_from_another_folder(tmp_path):
-    """As a script, with the preset as it is, and from a folder that isn't the project's."""
-    options = [*TINY, "--epochs", "0.004", "--out", "out"]
-    command = [sys.executable, ROOT / "04_unet_cond.py", *options]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
+def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
+    """As scripts, with the preset as it is, from a folder that isn't the project's; and neither disturbs the other."""
+    command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.004", "--out", "out"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    (output, errors), (_, others) = (process.communicate(timeout=300) for process in both)
+    assert [process.returncode for process in both] == [0, 0], errors + others
+    lines = output.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["data", "network", "device", "training"]
     assert "garments: 10,000 images, 28 × 28, 10 classes" in lines[0]
     assert "4 steps of 10 images" in lines[3]
-    assert "images/s" in result.stderr
-    assert "loss=" in result.stderr
+    assert "images/s" in errors
+    assert "loss=" in errors
     assert sorted(Path(line.removeprefix("wrote ")).name for line in lines[4:]) == FILES
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
+    assert lesson3.load_checkpoint(tmp_path / "out" / "checkpoint.pt")["step"] == 4
     images = np.load(tmp_path / "out" / "samples.npy")
     assert images.shape == (20, 1, 28, 28)
     assert images.dtype == np.float32

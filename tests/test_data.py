@@ -7,7 +7,9 @@ import hashlib
 import http.server
 import itertools
 import os
+import socketserver
 import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -171,6 +173,53 @@ def test_a_download_is_checked_kept_and_not_repeated(host, digits, monkeypatch, 
 
     monkeypatch.setattr(fashion_mnist, "HOSTS", ())
     np.testing.assert_array_equal(data.load("fashion-mnist", "train").images, first.images)
+
+
+ANSWER = b"HTTP/1.0 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "again", "pause", "complaint"),
+    [
+        (ANSWER + b"Content-Length: 1000\r\n\r\nhalf of it", b"", 0, "SHA-256"),
+        (ANSWER + b"Content-Length: many\r\n\r\nof it", b"", 0, "SHA-256"),
+        (ANSWER + b"\r\n<html>Not found</html>", b"", 0, "SHA-256"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n", b"", 0, "IncompleteRead"),
+        (b"HTTP/1.0 302 Found\r\nLocation: /\r\n\r\n", b"", 0, "infinite loop"),
+        (b"HTTP/1.0 503 Busy\r\n\r\n", b"", 0, "503"),
+        (b"SSH-2.0 no web server\r\n", b"", 0, "SSH-2.0"),
+        (b"", b"", 0, "closed connection"),
+        (b"", b"", 5, "timed out"),
+        (ANSWER + b"\r\n", b"x", 0.05, "too slow"),
+        (ANSWER + b"\r\n", bytes(1 << 20), 0, "more than"),
+    ],
+)
+def test_a_host_that_misbehaves_is_given_up(host, tmp_path, monkeypatch, answer, again, pause, complaint):
+    """Each answer, then `again` without end, with a pause before it; the next host has the files."""
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1000)
+            with contextlib.suppress(OSError):  # until the other side has had enough
+                self.request.sendall(answer)
+                time.sleep(pause)
+                while again:
+                    self.request.sendall(again)
+                    time.sleep(pause)
+
+    monkeypatch.setattr(fashion_mnist, "PATIENCE", 0.3)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        bad = f"http://127.0.0.1:{server.server_address[1]}/"
+        monkeypatch.setattr(fashion_mnist, "HOSTS", (bad,))
+        with pytest.raises(data.DataError, match=complaint) as caught:
+            data.load("fashion-mnist", "train")
+        assert "\n" not in str(caught.value)
+        assert list(fashion_mnist.CACHE.iterdir()) == []
+        monkeypatch.setattr(fashion_mnist, "HOSTS", (bad, host))
+        assert data.load("fashion-mnist", "train").name == "Fashion-MNIST"
+        server.shutdown()
 
 
 def test_without_a_network_garments_take_its_place(monkeypatch, tmp_path, capsys):
