@@ -13,9 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_data import idx, write_pictures
 
-from data import load
+from data import fashion_mnist, load
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "garments", "--epochs", "0.012", "--batch-size", "10", "--steps", "2", "--n", "2", "--device", "cpu"]
@@ -372,6 +374,56 @@ def test_a_bad_value_is_said_in_one_line(lesson4, run, arguments, accepted, tmp_
     assert "Traceback" not in errors
     assert accepted in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+WORDS = st.sampled_from(["", "0", "-1", "3", "nan", "1e9", "9" * 30, "½", "x y", "--", "./", "Ankle boot"])
+WORDS |= st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))  # no control characters, no ends of lines
+
+
+def option(name, *good):
+    """An option with one of the good values, or with any other that no run takes long with."""
+    return st.tuples(st.just(name), st.sampled_from(good) | st.sampled_from(good) | WORDS)
+
+
+COMMAND_LINE = st.lists(
+    st.one_of(
+        option("--data", "auto", "garments", "fashion-mnist"),
+        option("--data-dir", "symbols", "squares", "."),
+        option("--preset", "small", "lecture"),
+        st.tuples(st.just("--epochs"), st.sampled_from(["1e-9", "0.0003", "0", "-1", "nan", "1e9", "many", ""])),
+        option("--batch-size", "2", "7", "50"),
+        option("--seed", "0", "1", str(2**63)),
+        option("--device", "auto", "cpu", "cuda", "mps"),
+        option("--n", "1", "3"),
+        option("--steps", "1", "2"),
+        option("--class", "Bag", "2", "class 1"),
+        option("--guidance", "0", "0.5", "100"),
+        option("--out", "one", "other", "symbols"),
+        st.sampled_from([("--restart",), ("--sample-only",), ("--pretrained",), ("--no-time",)]),
+        st.tuples(WORDS),
+    ),
+    max_size=4,
+).map(lambda options: [word for option in options for word in option])
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+
+@settings(derandomize=True, database=None, deadline=None, suppress_health_check=QUIET, max_examples=25)
+@given(lines=st.lists(st.tuples(st.integers(0, 1), COMMAND_LINE), min_size=1, max_size=2))
+def test_any_command_line_is_run_or_refused(lesson3, lesson4, run, tmp_path_factory, monkeypatch, lines):
+    """Also the second one in the folder that the first one wrote to."""
+    folder = tmp_path_factory.mktemp("any")
+    monkeypatch.chdir(folder)
+    write_symbols(folder / "symbols", 18, 30)
+    write_pictures(folder / "squares", 3, 2)
+    monkeypatch.setattr(fashion_mnist, "CACHE", folder)
+    monkeypatch.setattr(fashion_mnist, "HOSTS", ())
+    brief = ["--epochs", "0.0003", "--batch-size", "10", "--steps", "1", "--n", "1", "--out", "one"]
+    for which, arguments in lines:
+        lesson = (lesson3, lesson4)[which]
+        status, _, errors = run(lesson, *brief, *arguments)
+        assert status in (0, 2)
+        assert status == 0 or errors.splitlines()[-1].startswith(f"{Path(lesson.__file__).name}: ")
+    assert not list(folder.glob("**/*.part"))
 
 
 def test_a_damaged_checkpoint_is_one_line_and_can_be_replaced(lesson4, run, tmp_path):
