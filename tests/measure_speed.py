@@ -1,6 +1,7 @@
 """How fast is it, beside what else there is, and beside what the machine could do? Run by hand.
 
     python tests/measure_speed.py [--device D]            training and sampling, ours and others
+    python tests/measure_speed.py --limited               training on a CPU as if it had AVX2 alone, the last table
     python tests/measure_speed.py --growth [--device D]   what larger images, nets and attention cost
 
 Three networks of the same structure, driven by the same code (lesson 3's `train` and `sample`): ours, ours with
@@ -18,6 +19,7 @@ import importlib
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -321,8 +323,12 @@ def sampling_tasks(precisions, measured):
     return tasks
 
 
-def measure_speed(device, peaks, batch_size, rounds):
-    """Print the tables, each when it is measured."""
+# By these oneDNN, PyTorch and MKL leave out what a processor can do beyond AVX2. They count from a process's start on.
+LIMITS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+def measure_speed(device, peaks, batch_size, rounds, limited):
+    """Print the tables, each when it is measured. limited: preset small in training alone."""
     cuda = device.type == "cuda"
     steps, measured, drawn, seconds = (20, 18, 200, 5) if cuda else (1, 2, 16, 0)
 
@@ -333,12 +339,19 @@ def measure_speed(device, peaks, batch_size, rounds):
         print_rows(rows)
 
     title = f"Training, batches of {batch_size}, and the share of a step that the optimisers take"
-    lecture = f"{title}: preset lecture"
+    lecture, small = f"{title}: preset lecture", f"{title}: preset small"
+    if limited:
+        show(f"{small}, AVX2", training_tasks(CONDITIONAL, "small", peaks, steps), batch_size, seconds or 10)
+        return
     show(f"{lecture}, without attention", training_tasks(TIMED, "lecture", peaks, steps), batch_size, seconds)
     show(f"{lecture}, with attention", training_tasks(CONDITIONAL, "lecture", peaks, steps), batch_size, seconds)
-    show(f"{title}: preset small", training_tasks(CONDITIONAL, "small", peaks, steps), batch_size, seconds or 10)
+    show(small, training_tasks(CONDITIONAL, "small", peaks, steps), batch_size, seconds or 10)
     title = f"Sampling, {drawn} images: steps for each ({measured} of them measured)"
     show(title, sampling_tasks(peaks, measured), drawn, seconds)
+    if not cuda:
+        command = [__file__, "--limited", f"--batch-size={batch_size}", f"--rounds={rounds}"]
+        print(flush=True)
+        subprocess.run([sys.executable, *command], check=True)
 
 
 # %% How cost grows
@@ -398,23 +411,26 @@ def main(arguments=None):
     count = lesson3.number(int, 1, 10**6)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--growth", action="store_true", help="what larger images, nets and attention cost, instead")
+    parser.add_argument("--limited", action="store_true", help="preset small on a CPU as if it had AVX2 alone, instead")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
     parser.add_argument("--batch-size", type=count, default=64, help="of training (%(default)s)")
     parser.add_argument("--rounds", type=count, default=3, help="at least (%(default)s)")
     options = parser.parse_args(arguments)
+    if options.limited and not LIMITS.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | LIMITS)  # begins again, with the limits
     try:
-        device = lesson3.choose_device(options.device)
+        device = lesson3.choose_device("cpu" if options.limited else options.device)
     except lesson3.UserError as error:
         parser.error(str(error))
-    began, fast = time.perf_counter(), lesson3.choose_precision(device)
+    began, fast = time.perf_counter(), None if options.limited else lesson3.choose_precision(device)
     if options.growth:
         print(describe_machine(device, {}))
         measure_growth(device, fast)
     else:
         peaks = {precision: measure_machine(device, precision) for precision in dict.fromkeys((None, fast))}
         print(describe_machine(device, peaks))
-        measure_speed(device, peaks, options.batch_size, options.rounds)
-    if not torch.cuda.is_available():
+        measure_speed(device, peaks, options.batch_size, options.rounds, options.limited)
+    if not options.limited and not torch.cuda.is_available():
         print("\nGPU: not measured, for want of one")
     report(f"{time.perf_counter() - began:.0f} s")
 

@@ -124,9 +124,12 @@ def test_the_tables(monkeypatch, capsys):
     monkeypatch.setattr(measure_speed, "measure", lambda tasks, *_: [row | {"name": task.name} for task in tasks])
     monkeypatch.setattr(measure_speed, "measure_machine", lambda *_: 1e9)
     monkeypatch.setattr(measure_speed.lesson3, "choose_precision", lambda device: torch.bfloat16)
+    for name, value in measure_speed.LIMITS.items():
+        monkeypatch.setenv(name, value)  # else it would begin again, with them
+    monkeypatch.setattr(measure_speed.subprocess, "run", lambda command, check: measure_speed.main(command[2:]))
     measure_speed.main(["--device", "cpu"])
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if "(1.00 to 1.00)" in line]
-    assert len(lines) == 5 + 6 + 6 + 11
+    assert len(lines) == 5 + 6 + 6 + 11 + 4  # the last, with limits, in float32 alone
     assert all(line[-4:] == ["2", "3.00", "40%", "5.0%"] for line in lines)
 
 
