@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_data import idx, write_pictures
 
 from data import fashion_mnist, load
@@ -205,6 +206,15 @@ def test_ones_own_pictures(lesson4, run, tmp_path, n_classes, each):
     assert status == 0
     assert f"squares: {max(1, n_classes * (each - 1))} images, 28 × 28, {n_classes} classes" in output
     assert np.load(tmp_path / "out" / "samples.npy").shape == (2, 1, 28, 28)
+
+
+def test_images_that_are_all_one_grey_are_refused(lesson4, run, tmp_path):
+    path = tmp_path / "grey" / "one class" / "0.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(np.full((28, 28), 128, np.uint8)).save(path)
+    status, _, errors = run(lesson4, *TINY[2:], "--data-dir", tmp_path / "grey", "--out", tmp_path / "out")
+    assert status == 2
+    assert "grey: all images are one and the same grey" in errors.splitlines()[-1]
 
 
 def test_the_real_files(lesson4, run, tmp_path):
