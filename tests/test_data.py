@@ -191,6 +191,7 @@ ANSWER = b"HTTP/1.0 200 OK\r\n"
         (b"", b"", 0, "closed connection"),
         (b"", b"", 5, "timed out"),
         (ANSWER + b"\r\n", b"x", 0.05, "too slow"),
+        (ANSWER + b"\r\n" + bytes(300_000), b"x", 0.05, "too slow"),
         (ANSWER + b"\r\n", bytes(1 << 20), 0, "more than"),
     ],
 )
@@ -229,6 +230,8 @@ def test_without_a_network_garments_take_its_place(monkeypatch, tmp_path, capsys
     monkeypatch.setitem(garments.SPLITS, "test", 20)
     assert data.load("auto", "test").name == "garments"
     assert "garments take its place" in capsys.readouterr().out
+    assert data.load("auto", "test", download=False).name == "garments"  # which nobody need be told
+    assert capsys.readouterr().out == ""
     with pytest.raises(data.DataError, match="could not be downloaded"):
         data.load("fashion-mnist", "test")
 
