@@ -17,6 +17,7 @@ from reference_numpy.attention import (
 from reference_numpy.diffusion import (
     denoise,
     denoising_loss,
+    emphasis,
     guide,
     ideal_denoiser,
     noise_levels,
@@ -45,6 +46,7 @@ __all__ = [
     "convolution_by_attention",
     "denoise",
     "denoising_loss",
+    "emphasis",
     "frechet_distance",
     "gelu",
     "group_norm",

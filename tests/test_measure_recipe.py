@@ -23,7 +23,8 @@ def tiny(lesson3, monkeypatch):
     monkeypatch.setitem(lesson3.PRESETS, "small", small)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", small._replace(patch=1))
     monkeypatch.setattr(lesson3, "choose_precision", lambda device: None)
-    monkeypatch.setattr(lesson3, "schedule", lesson3.schedule)  # is as it was when the test is over
+    for name in ("schedule", "emphasis"):
+        monkeypatch.setattr(lesson3, name, getattr(lesson3, name))  # is as it was when the test is over
     return lesson3.Run("CondUNet", "small", 1, 64, 0, "Fashion-MNIST", 40, CLASSES, (28, 28), 0.7)
 
 
@@ -106,10 +107,10 @@ def test_what_is_there_is_not_done_again_and_all_is_shown(lesson3, monkeypatch, 
         path.with_suffix(".json").write_text(json.dumps({"seen": 3000 * (seed + 1), "seconds": 30.0, "sampling": 4.0}))
 
     monkeypatch.setattr(measure_recipe.subprocess, "run", make)
-    arguments = ["--n", "20", "--rungs", "0", "11", "--seeds", "0", "1", "--out", str(tmp_path)]
+    arguments = ["--n", "20", "--rungs", "0", "12", "--seeds", "0", "1", "--out", str(tmp_path)]
     for _ in range(2):
         measure_recipe.work(measure_recipe.make_parser().parse_args(arguments))
-        assert made == [(0, 0), (0, 1), (11, 0), (11, 1)]
+        assert made == [(0, 0), (0, 1), (12, 0), (12, 1)]
         lines = capsys.readouterr().out.splitlines()
         (first,) = [line for line in lines if line.startswith("| the lecture's settings |")]
         assert "| 4,500 (3,000 to 6,000) | 150 (100 to 200) | 5.0 (5.0 to 5.0) | 2 (2 to 2) | 90.0%" in first
