@@ -605,7 +605,8 @@ def update_ema(ema, denoiser, step):
 # the picture's title says. (c_in, c_skip and c_out know sigma for both; it is the network that isn't told.) For an
 # image shows by itself how noisy it is. Wherever there is background, all pixels should be the same, and differ by as
 # much as the noise is strong: the table's last line has their deviation in a corner of 3 × 3 pixels, as the network
-# sees it, after c_in. It tells low levels apart; above 2 or so it hardly does, and there the time helps most.
+# sees it, after c_in. It tells low levels apart; above 1 or so it hardly does, and there, at 1 to 5, the time helps
+# most. (At 20 neither net has been trained for long.)
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 
 
