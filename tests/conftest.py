@@ -1,6 +1,9 @@
-"""What the tests share."""
+"""What the tests share. They run in two processes (pytest-xdist), each with one thread."""
 
 import importlib
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
 import numpy as np
 import pytest
@@ -56,11 +59,25 @@ def compare(request):
         assert result.shape == expected.shape
         difference = np.abs(result - expected).max()
         row = table.setdefault(piece, {})
-        row[precision] = max(difference, row.get(precision, (0, 0))[0]), tolerance
+        row[precision] = max(float(difference), row.get(precision, (0, 0))[0]), tolerance
         assert difference <= tolerance, f"{piece}: {difference:.1e} apart, {tolerance:.0e} allowed"
         assert np.abs(expected).max() > 100 * tolerance, f"{piece}: too small to be compared"
 
     return compare
+
+
+def pytest_sessionfinish(session):
+    """A process that tests hands its table to the one that waits for it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["differences"] = session.config.stash.get(DIFFERENCES, {})
+
+
+def pytest_testnodedown(node):
+    table = node.config.stash.setdefault(DIFFERENCES, {})
+    for piece, row in node.workeroutput.get("differences", {}).items():
+        for precision, (difference, tolerance) in row.items():
+            known = table.setdefault(piece, {})
+            known[precision] = max(difference, known.get(precision, (0, 0))[0]), tolerance
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -68,7 +85,7 @@ def pytest_terminal_summary(terminalreporter, config):
     if table:
         width = max(map(len, table))
         terminalreporter.section("largest differences (allowed)")
-        for piece, row in table.items():
+        for piece, row in sorted(table.items()):
             cells = (
                 "{}  {:.0e} ({:.0e})".format(precision, *row[precision]) for precision in sorted(row, reverse=True)
             )
