@@ -230,6 +230,17 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(lesson3, tmp_path):
         torch.testing.assert_close(second[name].state_dict(), whole[name].state_dict(), rtol=1e-5, atol=1e-7)
 
 
+def test_a_step_follows_the_weighted_mean_of_the_losses(lesson3):
+    denoiser, ema, *optimizers = make_parts(lesson3).values()
+    twin, sigma = copy.deepcopy(denoiser), torch.tensor([0.02, 0.5, 3.0, 70.0])
+    x0, noise = noisy(2, 4, 1, 8, 8)
+    ((_, loss, norm),) = lesson3.train(denoiser, ema, optimizers, [(0, x0, sigma, noise)], 1)
+    losses = lesson3.denoising_loss(twin, x0, sigma, noise)
+    (losses @ lesson3.emphasis(twin, sigma) / 4).backward()
+    torch.testing.assert_close(loss, losses.mean())
+    torch.testing.assert_close(norm, torch.stack([p.grad.norm() for p in twin.parameters()]).norm())
+
+
 def test_a_gradient_that_is_not_finite_is_seen_in_its_norm(lesson3):
     denoiser, ema, *optimizers = make_parts(lesson3).values()
     for value, finite in ((0.0, True), (math.nan, False)):
