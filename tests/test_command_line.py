@@ -103,6 +103,16 @@ def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
     assert np.abs(images).max() <= 1
 
 
+def test_a_run_is_told_labels_and_sometimes_that_there_is_none(lesson3, lesson4, run, tmp_path, monkeypatch):
+    told, loss = [], lesson3.denoising_loss
+    monkeypatch.setattr(lesson3, "denoising_loss", lambda *parts: told.append(parts[4]) or loss(*parts))
+    assert run(lesson4, *TINY, "--n", "1", "--out", tmp_path)[0] == 0
+    counts = torch.cat(told).bincount(minlength=11)
+    assert (len(counts), counts.sum()) == (11, 12 * 10)
+    assert 0.02 < counts[10] / counts.sum() < 0.25
+    assert counts[:10].count_nonzero() > 5
+
+
 def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
     options = [*TINY, "--out", tmp_path]
     assert run(lesson4, *options)[0] == 0
