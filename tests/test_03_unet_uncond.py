@@ -1,6 +1,7 @@
 """Lesson 3: the U-Net and its parts, the denoiser, the samplers against closed forms, training, checkpoints."""
 
 import copy
+import functools
 import io
 import math
 import os
@@ -401,6 +402,20 @@ def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkey
 
 
 # Pictures
+def test_samples_are_the_last_state_and_a_film_has_all(lesson3):
+    starts, sigmas = [(0, 0, index) for index in range(5)], lesson3.noise_levels(3)
+    sampler = functools.partial(lesson3.sample, sigmas=sigmas)
+
+    def make_denoise(label):
+        return lambda x, sigma: torch.full_like(x, 0.25)
+
+    images, film = lesson3.sample_images(lesson3.Run(*RUN), starts, make_denoise, sampler, torch.device("cpu"))
+    assert images.shape == (5, 1, 8, 8)
+    assert (images == 0.25).all()
+    assert [sigma for sigma, *_ in film] == sigmas
+    assert all(part.shape == (4, 1, 8, 8) for _, *state in film for part in state)
+
+
 @pytest.mark.parametrize("size", [(28, 28), (27, 31), (1, 1), (64, 30)])
 def test_crop_undoes_pad(lesson3, size):
     for preset in lesson3.PRESETS.values():
