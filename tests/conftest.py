@@ -42,6 +42,12 @@ def redraw():
     return redraw
 
 
+def remember(table, piece, precision, difference, tolerance):
+    """Keep the largest difference of each piece in each precision."""
+    row = table.setdefault(piece, {})
+    row[precision] = max(difference, row.get(precision, (0, 0))[0]), tolerance
+
+
 @pytest.fixture
 def compare(request):
     """compare(piece, result, expected, tolerance): assert that no two numbers are further apart than the tolerance, and
@@ -58,8 +64,7 @@ def compare(request):
         )
         assert result.shape == expected.shape
         difference = np.abs(result - expected).max()
-        row = table.setdefault(piece, {})
-        row[precision] = max(float(difference), row.get(precision, (0, 0))[0]), tolerance
+        remember(table, piece, precision, float(difference), tolerance)
         assert difference <= tolerance, f"{piece}: {difference:.1e} apart, {tolerance:.0e} allowed"
         assert np.abs(expected).max() > 100 * tolerance, f"{piece}: too small to be compared"
 
@@ -76,8 +81,7 @@ def pytest_testnodedown(node):
     table = node.config.stash.setdefault(DIFFERENCES, {})
     for piece, row in node.workeroutput.get("differences", {}).items():
         for precision, (difference, tolerance) in row.items():
-            known = table.setdefault(piece, {})
-            known[precision] = max(difference, known.get(precision, (0, 0))[0]), tolerance
+            remember(table, piece, precision, difference, tolerance)
 
 
 def pytest_terminal_summary(terminalreporter, config):
