@@ -348,7 +348,7 @@ def measure_speed(device, peaks, batch_size, rounds, limited):
     show(small, training_tasks(CONDITIONAL, "small", peaks, steps), batch_size, seconds or 10)
     title = f"Sampling, {drawn} images: steps for each ({measured} of them measured)"
     show(title, sampling_tasks(peaks, measured), drawn, seconds)
-    if not cuda:
+    if device.type == "cpu" and platform.machine() in ("x86_64", "AMD64"):  # others know nothing of AVX2
         command = [__file__, "--limited", f"--batch-size={batch_size}", f"--rounds={rounds}"]
         print(flush=True)
         subprocess.run([sys.executable, *command], check=True)
