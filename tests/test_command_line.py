@@ -4,6 +4,7 @@ import functools
 import os
 import re
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -458,9 +459,10 @@ def test_a_damaged_checkpoint_is_one_line_and_can_be_replaced(lesson4, run, tmp_
     assert run(lesson4, *options, "--restart")[0] == 0
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_help_says_what_there_is(number, run, lesson3, lesson4):
-    lesson = (lesson3.lesson1, lesson4.lesson2, lesson3, lesson4)[number - 1]
-    status, output, _ = run(lesson, "--help")
-    assert status == 0
-    assert "--out DIR" in output
+@pytest.mark.parametrize("script", sorted(ROOT.glob("0*.py")), ids=lambda script: script.name)
+def test_each_script_is_a_command_and_its_help_says_what_there_is(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(script), run_name="__main__")
+    assert exit.value.code == 0
+    assert "--out DIR" in capsys.readouterr().out
