@@ -726,7 +726,10 @@ def show_muon():
 # From pure noise, in small steps, towards what a denoiser says. At first it says much the same for every noise:
 # something like the mean of all garments. A step goes a part of the way there, until as much noise is left as the next
 # sigma says. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
-def noise_levels(steps, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=7):
+STEPS = 14  # more bring garments no nearer to real ones (docs/measurements.md)
+
+
+def noise_levels(steps=STEPS, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=7):
     """`steps + 1` values from sigma_max to sigma_min, denser towards the small ones, and then 0 (Karras et al. 2022,
     equation 5)."""
     ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps)
@@ -810,7 +813,7 @@ def plot_film(title, states, columns=10):
 @lesson1.section
 def show_sampling():
     images, name = load_garments("train", 1000)
-    denoise, sigmas = ideal_denoiser(images), noise_levels(18)
+    denoise, sigmas = ideal_denoiser(images), noise_levels()
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(4)])
     x = sigmas[0] * noise  # n c h w: nothing but noise
     x0_hat = denoise(x, torch.full((4,), sigmas[0]))  # n c h w: something like the mean garment
@@ -835,7 +838,7 @@ def show_sampling():
 def show_few_steps():
     images, name = load_garments("train", 1000)
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(100)])
-    counts, off = (3, 6, 12, 18, 36), {"ddim": [], "dpm++": []}
+    counts, off = (3, 6, STEPS, 24, 48), {"ddim": [], "dpm++": []}
     *_, (_, end, _) = sample(ideal_denoiser(images), noise, noise_levels(400), "heun")
     for method, steps in ((method, steps) for method in off for steps in counts):
         *_, (_, x, _) = sample(ideal_denoiser(images), noise, noise_levels(steps), method)
@@ -845,8 +848,8 @@ def show_few_steps():
         print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
     figure, axes = plt.subplots(figsize=(8, 3.8))
     lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0)
-    ddim, dpm = (values[counts.index(18)] for values in off.values())
-    figure.suptitle(f"After 18 steps: DDIM {ddim:.2f} from the end, dpm++ {dpm:.2f} ({name})")
+    ddim, dpm = (values[counts.index(STEPS)] for values in off.values())
+    figure.suptitle(f"After {STEPS} steps: DDIM {ddim:.2f} from the end, dpm++ {dpm:.2f} ({name})")
     return figure
 
 
@@ -1214,7 +1217,7 @@ def make_run_parser(script, description, n):
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
     add("--show", action="store_true", help="print and draw what the sections say, to lesson/ in --out; don't train")
     add("--n", metavar="N", type=count, default=n, help="images to sample; of each class, if there are (%(default)s)")
-    add("--steps", metavar="S", type=count, default=18, help="steps to a sample (%(default)s)")
+    add("--steps", metavar="S", type=count, default=STEPS, help="steps to a sample (%(default)s)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--restart", action="store_true", help="train anew, whatever checkpoint is there")
     group.add_argument("--sample-only", action="store_true", help="sample from the checkpoint, don't train")

@@ -185,10 +185,10 @@ def load():
 
 
 def follow(denoise, starts):
-    """The images `(n, 1, h, w)` that `denoise` makes in 18 steps; starts: (seed, label, index) of each one's noise."""
+    """The images `(n, 1, h, w)` that `denoise` makes; starts: (seed, label, index) of each one's noise."""
     denoiser, run = load()
     noise = lesson3.draw_noise(run, starts, denoiser.device)
-    *_, (_, x, _) = lesson3.sample(denoise, noise, lesson3.noise_levels(18))
+    *_, (_, x, _) = lesson3.sample(denoise, noise, lesson3.noise_levels())
     return lesson3.crop(x, run.size).clamp(-1, 1).cpu()
 
 
@@ -330,7 +330,7 @@ def show_look():
     layer = [block.attention for block in blocks if not isinstance(block.attention, nn.Identity)][-1]
     label = torch.tensor([len(run.classes) - 1], device=denoiser.device)
     denoise, noise = guide(denoiser, label, 0), lesson3.draw_noise(run, [(0, int(label), 0)], denoiser.device)
-    states = list(lesson3.sample(denoise, noise, lesson3.noise_levels(18)))
+    states = list(lesson3.sample(denoise, noise, lesson3.noise_levels()))
     figure, axes = plt.subplots(3, 4, figsize=(8, 6))
     for row, shown in zip(axes, (20, 1, 0.1), strict=True):
         sigma, x, x0_hat = min(states[:-1], key=lambda state: abs(math.log(state[0] / shown)))

@@ -64,7 +64,7 @@ def count_evaluations(method, steps):
     return 2 * steps - 1 if method == "heun" else steps
 
 
-def draw_samples(denoiser, run, n, steps=18, guidance=None, method="dpm++"):
+def draw_samples(denoiser, run, n, steps=lesson3.STEPS, guidance=None, method="dpm++"):
     """n images, float32 (n, 1, height, width) in [-1, 1], and the labels (n,) asked for: the classes in turn.
 
     guidance: None if no label is given; then the second result is None, too.
@@ -350,7 +350,8 @@ def make_parser():
     add("checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="checkpoint.pt of a run of 03 or 04")
     add("--n", metavar="N", type=lesson3.number(int, 20, 60_000), help=n)
     add("--method", choices=("ddim", "dpm++", "heun"), default="dpm++", help="the sampler (%(default)s)")
-    add("--steps", metavar="S", type=count, default=18, help="to a sample (%(default)s); heun: two evaluations each")
+    steps = "to a sample (%(default)s); heun: two evaluations each"
+    add("--steps", metavar="S", type=count, default=lesson3.STEPS, help=steps)
     add("--guidance", metavar="W", type=lesson3.number(float, 0, 100), help="where there is a label (as in 04)")
     add("--sweep", action="store_true", help="the distance against steps, and against guidance")
     add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")

@@ -63,7 +63,7 @@ class Recipe(NamedTuple):
 CHANGES = {
     "the lecture's settings": {},
     "batches of 128": {"batch_size": 128},
-    "EDM, 18 steps of DPM-Solver++": {"edm": True},
+    f"EDM, {lesson3.STEPS} steps of DPM-Solver++": {"edm": True},
     "middle noise levels count more": {"emphasis": True},
     "group norm, scale and shift after it": {"own_block": True},
     "an average of the weights": {"averaged": True},
@@ -189,7 +189,7 @@ def sample(recipe, run, denoiser, n):
     """n images, `(n, 1, h, w)`, the classes in turn."""
     starts = [(0, i % len(run.classes), i // len(run.classes)) for i in range(n)]
     times = torch.linspace(0.99, 0, 100)
-    sigmas, method = (lesson3.noise_levels(18), "dpm++") if recipe.edm else (sigma_of(times).tolist(), "ddim")
+    sigmas, method = (lesson3.noise_levels(), "dpm++") if recipe.edm else (sigma_of(times).tolist(), "ddim")
     sampler = functools.partial(lesson3.sample, sigmas=sigmas, method=method)
 
     def make_denoise(label):

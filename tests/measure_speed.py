@@ -243,7 +243,7 @@ class Task(NamedTuple):
     competitor: Competitor
     start: Callable  # start(competitor, device, batch_size) gives the function to be timed
     peer: str | None = None  # the name of a line above that it is compared to, of the same precision
-    work: float = 1.0  # done in each call, for each image of a batch: of training, 20 steps; of sampling, 3 / 18
+    work: float = 1.0  # done in each call, for each image of a batch: of training, 20 steps; of sampling, 2 / 14
 
 
 def prepare(task, device, batch_size):
@@ -305,7 +305,7 @@ def training_tasks(model, preset, precisions, steps):
 
 
 def sampling_task(competitor, steps, guidance, measured, method="dpm++", peer=None):
-    """Only so many steps are measured. Of two, one is above GUIDED_BELOW and one below, as half of 18 are."""
+    """Only so many steps are measured. Of two, one is above GUIDED_BELOW and one below, as half of lesson 3's are."""
     start = functools.partial(start_sampling, steps=measured, guidance=guidance, method=method)
     name = f"{competitor.name}, {competitor.preset}, {steps}" + (", guided" if guidance else "")
     return Task(name, competitor, start, peer, measured / steps)
@@ -317,9 +317,9 @@ def sampling_tasks(precisions, measured):
     for preset in ("lecture", "small"):
         for precision in precisions:
             ours = Competitor("ours", CONDITIONAL, preset, precision)
-            theirs = sampling_task(ours._replace(kind="diffusers"), 18, lesson4.GUIDANCE, measured)
-            tasks += [theirs, sampling_task(ours, 18, lesson4.GUIDANCE, measured, peer=theirs.name)]
-        tasks.append(sampling_task(ours, 18, 0, measured))
+            theirs = sampling_task(ours._replace(kind="diffusers"), lesson3.STEPS, lesson4.GUIDANCE, measured)
+            tasks += [theirs, sampling_task(ours, lesson3.STEPS, lesson4.GUIDANCE, measured, peer=theirs.name)]
+        tasks.append(sampling_task(ours, lesson3.STEPS, 0, measured))
     return tasks
 
 
@@ -330,7 +330,7 @@ LIMITS = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENAB
 def measure_speed(device, peaks, batch_size, rounds, limited):
     """Print the tables, each when it is measured. limited: preset small in training alone."""
     cuda = device.type == "cuda"
-    steps, measured, drawn, seconds = (20, 18, 200, 5) if cuda else (1, 2, 16, 0)
+    steps, measured, drawn, seconds = (20, lesson3.STEPS, 200, 5) if cuda else (1, 2, 16, 0)
 
     def show(title, tasks, n, enough):
         report(title)

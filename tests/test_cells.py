@@ -28,7 +28,7 @@ SHORTER = {
         "range(100), curves": "range(2), curves",
         "index in range(100)": "index in range(4)",
     },
-    "04_unet_cond.py": {"noise_levels(18)": "noise_levels(2)", "enough=0.3": "enough=0"},
+    "04_unet_cond.py": {"noise_levels()": "noise_levels(2)", "enough=0.3": "enough=0"},
 }
 
 

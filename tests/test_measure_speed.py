@@ -100,10 +100,10 @@ def test_competitors_have_the_same_structure_and_are_told_what_the_lesson_tells(
 
 
 def test_training_and_sampling_are_measured(tiny, lesson3, lesson4, monkeypatch):
-    """Two steps of sampling stand for 18: half of them have guidance."""
+    """Two steps of sampling stand for all: half of them have guidance."""
     monkeypatch.setattr(measure_speed, "track_memory", lambda work, device: (work(), 7))  # whose profiler takes seconds
     training = list(measure_speed.training_tasks(measure_speed.CONDITIONAL, tiny, [None], steps=1))
-    sampling = measure_speed.sampling_task(training[-1].competitor, 18, 0.5, measured=2)
+    sampling = measure_speed.sampling_task(training[-1].competitor, lesson3.STEPS, 0.5, measured=2)
     rows = measure_speed.measure([*training, sampling], CPU, 2, {None: 1e12}, rounds=1, seconds=0)
     theirs, _, ours, muon, drawn = rows
     assert [row["name"].split(",")[0] for row in rows] == ["diffusers", "by hand", "ours", "ours", "ours"]
@@ -112,7 +112,7 @@ def test_training_and_sampling_are_measured(tiny, lesson3, lesson4, monkeypatch)
     assert theirs["operations"] == ours["operations"] == muon["operations"]  # the optimiser's are no image's
     assert all(row["rate"] > 0 and row["memory"] == 7 and row["of_peak"] > 0 for row in rows)
     assert muon["optimizer"] > 0 == drawn["optimizer"]
-    for steps in (2, 18):
+    for steps in (2, lesson3.STEPS):
         guided = [sigma <= lesson4.GUIDED_BELOW for sigma in lesson3.noise_levels(steps)[:-1]]
         assert 2 * sum(guided) == steps
 
