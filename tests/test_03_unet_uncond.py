@@ -461,6 +461,14 @@ def test_skips_help(lesson3):
     assert losses[0] < 0.8 * losses[1]
 
 
+def test_a_small_denoiser_knows_the_spread_of_its_images(lesson3):
+    """So the loss of a new one is 1 (if the images' mean is 0), whatever their scale."""
+    choose = lambda denoiser: [lesson3.adamw(denoiser.parameters(), 0.004)]  # noqa: E731
+    for scale in (0.1, 0.3):
+        _, losses = lesson3.train_small(lesson3.TimeUNet, scale * noisy(80, 1, 28, 28), choose, steps=1)
+        assert losses == pytest.approx([1], abs=0.05)
+
+
 @pytest.mark.parametrize(
     ("instructions", "expected"),
     [

@@ -181,7 +181,7 @@ def test_show_of_lesson_3_on_few_pictures(lesson3, run, tmp_path, monkeypatch):
     for name, times in (("train_skips", 50), ("train_small", 60)):
         monkeypatch.setattr(lesson3, name, functools.partial(shortly, getattr(lesson3, name), times))
     levels = lesson3.noise_levels
-    monkeypatch.setattr(lesson3, "noise_levels", lambda steps: levels(min(steps, 20)))
+    monkeypatch.setattr(lesson3, "noise_levels", lambda steps=lesson3.STEPS: levels(min(steps, 20)))
     folder = write_pictures(tmp_path / "squares", 3, 20)  # six of them are held out
     status, output, errors = run(lesson3, "--show", "--data-dir", folder, "--out", tmp_path)
     assert status == 0, errors
