@@ -17,7 +17,6 @@ from reference_numpy.attention import (
 from reference_numpy.diffusion import (
     denoise,
     denoising_loss,
-    emphasis,
     guide,
     ideal_denoiser,
     noise_levels,
@@ -46,7 +45,6 @@ __all__ = [
     "convolution_by_attention",
     "denoise",
     "denoising_loss",
-    "emphasis",
     "frechet_distance",
     "gelu",
     "group_norm",

@@ -29,11 +29,6 @@ def denoising_loss(x0_hat, x0, sigma, sigma_data):
     return squared.mean(axis=(1, 2, 3)) * (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
-def emphasis(sigma, sigma_data):
-    """(n,): how much the loss at each sigma counts in training, the square root of 1 / cosh(ln(sigma / sigma_data))."""
-    return np.cosh(np.log(sigma / sigma_data)) ** -0.5
-
-
 def ideal_denoiser(x, sigma, images):
     """Noisy x (n, c, h, w), one number sigma, and all images there are, (m, c, h, w) -> the mean of those that each x
     may have been, (n, c, h, w). By Bayes' rule an image counts as much as the noise x - image is likely."""

@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
 
     batch_size: int = 512
     edm: bool = False  # preconditioning, noise levels and sampler of lesson 3
-    emphasis: bool = False  # lesson 3's weights of the noise levels
+    between: bool = False  # lesson 3's distribution of the noise levels, in the place of EDM's
     own_block: bool = False  # lesson 3's: group norm, scale and shift behind it, a silent start
     averaged: bool = False  # it is the average of the weights that samples
     fast: bool = False  # bfloat16 where the device is fast with it, channels last
@@ -64,7 +64,7 @@ CHANGES = {
     "the lecture's settings": {},
     "batches of 128": {"batch_size": 128},
     f"EDM, {lesson3.STEPS} steps of DPM-Solver++": {"edm": True},
-    "middle noise levels count more": {"emphasis": True},
+    "noise levels nearer the middle": {"between": True},
     "group norm, scale and shift after it": {"own_block": True},
     "an average of the weights": {"averaged": True},
     "bfloat16, channels last": {"fast": True},
@@ -176,8 +176,8 @@ def train(recipe, run, dataset, share_done):
         return schedule(int(share * 10**6), 10**6) if recipe.muon else one_cycle(share)
 
     lesson3.schedule = by_share  # this process trains but once
-    if not recipe.emphasis:
-        lesson3.emphasis = lambda denoiser, sigma: torch.ones_like(sigma)
+    if not recipe.between:
+        lesson3.P_MEAN, lesson3.P_STD = -1.2, 1.2
     for _ in lesson3.train(denoiser, ema, optimizers, draw_batches(recipe, run, dataset), 10**9):
         seen += recipe.batch_size
         if share_done(seen) >= 1:

@@ -165,7 +165,6 @@ def test_denoiser_and_loss(lesson3, lesson4, redraw, compare, patch, dtype, tole
 
     expected = reference.denoising_loss(expected, *numbers(x0, sigma), denoiser.sigma_data)
     compare("loss", lesson3.denoising_loss(denoiser, x0, sigma, noise, label), expected, tolerance)
-    compare("emphasis", lesson3.emphasis(denoiser, sigma), reference.emphasis(sigma.numpy(), 0.6), tolerance)
 
 
 def test_where_sampling_starts_and_stops(lesson3, compare):
