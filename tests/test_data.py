@@ -59,6 +59,17 @@ def test_the_official_files_are_recognised(split, n):
 
 
 @needs_official
+@pytest.mark.parametrize("name", fashion_mnist.SHA256)
+def test_the_sums_that_a_download_must_have(name):
+    packed = (Path(OFFICIAL) / f"{name}.gz").read_bytes()
+    assert fashion_mnist.SHA256[name] == tuple(hashlib.sha256(x).hexdigest() for x in (packed, gzip.decompress(packed)))
+
+
+def test_downloads_are_kept_in_the_project_wherever_a_script_is_run():
+    assert Path(__file__).parent.parent / "data" / "fashion_mnist" == fashion_mnist.CACHE
+
+
+@needs_official
 def test_unpacked_official_files_are_official_too(tmp_path):
     for name in fashion_mnist.FILES["test"]:
         (tmp_path / name).write_bytes(gzip.decompress((Path(OFFICIAL) / f"{name}.gz").read_bytes()))

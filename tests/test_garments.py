@@ -180,6 +180,8 @@ def test_fill_is_exact_along_a_row():
     expected = np.zeros((28, 28))
     expected[2:5, 3:8] = np.outer((1, 1, 0.5), (0.7, 1, 1, 1, 0.8))
     np.testing.assert_allclose(garments.fill(box)[0], expected, atol=1e-6)
+    twice = garments.fill(np.concatenate([box, box], axis=1))[0]  # around it twice: no pixel is more than covered
+    np.testing.assert_allclose(twice, np.minimum(2 * expected, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize(
