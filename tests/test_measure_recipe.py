@@ -77,11 +77,12 @@ def test_one_cycle_is_that_of_pytorch():
 
 
 @pytest.mark.parametrize("rung", [0, 3, len(RECIPES) - 1])
-def test_a_rung_is_trained_until_its_budget_is_spent(tiny, rung):
-    recipe = RECIPES[rung]._replace(batch_size=8)
+def test_a_rung_is_trained_until_its_budget_is_spent(lesson3, tiny, rung):
+    recipe, ours = RECIPES[rung]._replace(batch_size=8), (lesson3.P_MEAN, lesson3.P_STD)
     images, labels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 10
     denoiser, seen = measure_recipe.train(recipe, tiny, (images, labels), lambda seen: seen / 30)
     assert seen == 32
+    assert (ours if recipe.between else (-1.2, 1.2)) == (lesson3.P_MEAN, lesson3.P_STD)
     assert not denoiser.training
     new = measure_recipe.make_denoiser(recipe, tiny, CPU)
     assert not torch.equal(denoiser.network.conv_in.weight, new.network.conv_in.weight)
