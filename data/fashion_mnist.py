@@ -7,10 +7,10 @@ import gzip
 import hashlib
 import http.client
 import os
-import tempfile
-import time
+import threading
 import urllib.request
 import zlib
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -127,42 +127,58 @@ def read(folder, name, dimensions):
 
 def download(name):
     """Fetch one file into the cache from the first host that has the right one. Raises DownloadError if none has."""
-    troubles = []
+    (expected, _), path, troubles = SHA256[name], CACHE / f"{name}.gz", []
     for host in HOSTS:
         url = f"{host}{name}.gz"
         try:
-            digest = fetch(url, CACHE / f"{name}.gz", expected := SHA256[name][0])
+            content = fetch(url)
+            if (digest := hashlib.sha256(content).hexdigest()) == expected:
+                return keep(content, path)
         except (OSError, http.client.HTTPException) as error:
             troubles.append(f"{url}: {' '.join(str(error).split())}")
-            continue
-        if digest == expected:
-            return
-        troubles.append(f"{url}: expected SHA-256 {expected}, got {digest}: another file under the same name")
-        print(troubles[-1])
+        else:
+            troubles.append(f"{url}: expected SHA-256 {expected}, got {digest}: another file under the same name")
+            print(troubles[-1])
     raise DownloadError("Fashion-MNIST could not be downloaded (" + "; ".join(troubles) + ")")
 
 
-def fetch(url, path, expected):
-    """Download to a temporary name, and rename only what has the expected SHA-256. Returns the SHA-256 that came."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    digest = hashlib.sha256()
-    try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=PATIENCE) as response:
-            since, before = time.monotonic(), 0
-            with tqdm(total=response.length, desc=path.name, unit="B", unit_scale=True, leave=False) as bar:
+def fetch(url):
+    """The bytes at url. Raises OSError or HTTPException where they can't be had, are too many, or come too slowly.
+
+    It is a thread that reads them: should the host let a byte of its header trickle in now and then, which no timeout
+    of a socket ends, then the thread can be left to itself.
+    """
+    received, result = bytearray(), Future()
+
+    def receive():
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+                bar.total = response.length
                 while chunk := response.read1(1 << 16):  # what there is, rather than waiting for more
-                    file.write(chunk)
-                    digest.update(chunk)
+                    received.extend(chunk)
                     bar.update(len(chunk))
-                    if bar.n > MOST_FETCHED:
+                    if len(received) > MOST_FETCHED:
                         raise OSError(f"more than {MOST_FETCHED:,} bytes")
-                    if time.monotonic() > since + PATIENCE:
-                        if bar.n < before + SLOWEST * PATIENCE:
-                            raise OSError(f"too slow, under {SLOWEST:,} bytes a second")
-                        since, before = time.monotonic(), bar.n
-        if digest.hexdigest() == expected:
-            Path(temporary).replace(path)
+            result.set_result(bytes(received))
+        except Exception as error:
+            result.set_exception(error)
+
+    with tqdm(desc=url.rpartition("/")[2], unit="B", unit_scale=True, leave=False) as bar:
+        threading.Thread(target=receive, daemon=True).start()
+        before = 0
+        while not wait([result], PATIENCE).done:
+            if len(received) < before + SLOWEST * PATIENCE:
+                raise OSError(f"too slow, under {SLOWEST:,} bytes a second")
+            before = len(received)
+    return result.result()
+
+
+def keep(content, path):
+    """Write a file, all or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
-    return digest.hexdigest()
+        part.unlink(missing_ok=True)
