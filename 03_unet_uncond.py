@@ -100,8 +100,8 @@ def show_order():
 
 # %% 2. The residual block
 # So norm, activation and convolution are one layer, in this order. The norm is a group norm (Wu and He 2018): mean and
-# variance of some channels of one image. Batch norm, which the lecture uses, takes them of all images of a batch. These
-# will have different noise levels, and what an image's activations are would depend on how noisy the others are.
+# variance of some channels of one image. Batch norm, which the lecture uses, takes them of all images of a batch. But
+# the images will have different noise levels, and the activations of one would depend on how noisy the others are.
 class PreActConv(nn.Module):
     """GroupNorm, SiLU, 3×3 convolution: `(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
 
@@ -115,7 +115,7 @@ class PreActConv(nn.Module):
 
 
 def zero_(layer):
-    """Set a layer's weights and bias to zero, in place: the branch it ends starts silent. Returns the layer."""
+    """Set a layer's weights and bias to zero, in place. Returns the layer."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -153,11 +153,11 @@ def show_block():
 
 
 # %% 3. Saved: the up path will need what the down path computed
-# A class that keeps what the class it is mixed into returns: `super()` is the next one in the order in which Python
-# searches the ancestors. So it must be mixed in *front* of a module class; after it, the module's `forward` is found
-# first, and `Saved` is never asked.
+# A mix-in, which keeps the output of the class that it stands in front of: `super()` is the next one in the order in
+# which Python searches the ancestors. Behind a module class it would never be asked, as the module's `forward` is found
+# first.
 class Saved:
-    """A module that keeps its output until the up path takes it."""
+    """Keeps a module's output until the up path takes it."""
 
     saved = None
 
@@ -195,8 +195,8 @@ def show_saved():
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: blocks, and convolutions of stride 2, which halve height and width; so a 3×3 convolution sees ever more of the
 # garment. A level has a quarter of the pixels of the one above and twice the channels, so that all levels cost about
-# the same. (The table's 32 to 256 channels are the lecture's for Fashion-MNIST; those that diffusers' UNet2DModel has
-# unless told otherwise are 224 to 896. A run's preset `small` has two levels. `--no-time` trains this very network.)
+# the same. (The table's 32 to 256 channels are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of diffusers'
+# UNet2DModel. A run's preset `small` has two levels, of 48 and 96. `--no-time` trains such a network.)
 # Up: the same the other way. Beside what comes from below, each block there gets what was saved at its size on the way
 # down, as more channels; one block more, because a level saves one activation more than it has blocks.
 class UNet(nn.Module):
@@ -305,12 +305,9 @@ def show_layers():
 # edges run. The skips bring this back. To see it, we cut them: every saved activation arrives as zeros. Both nets have
 # the same parameters, start from the same ones, and are to take away one and the same strength of noise.
 def cut_skips(network):
-    def take_zeros(take):
-        return torch.zeros_like(take())
-
     for layer in network.modules():
         if isinstance(layer, Saved):
-            layer.take = functools.partial(take_zeros, layer.take)
+            layer.take = lambda take=layer.take: torch.zeros_like(take())
 
 
 def train_skips(cut, images, steps=100):
@@ -374,9 +371,7 @@ def show_noise():
         print(f"   sigma {sigma:6.2f}: pixels {picture.min():7.1f} to {picture.max():6.1f}, correlation {share:5.2f}")
         titles.append(f"σ = {sigma:.2g}\n{share:.2f}")
     x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return lesson1.plot_grid(
-        f"More and more noise, and the correlation with the garment ({name})", x, 10, titles=titles
-    )
+    return lesson1.plot_grid(f"More noise, less correlation with the garment ({name})", x, 10, titles=titles)
 
 
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
@@ -396,8 +391,7 @@ TIME_SCALE = 1000  # so the time goes from -1151 to 1096, a range that fits less
 
 
 class Denoiser(nn.Module):
-    """A network with EDM's preconditioning (Karras et al. 2022, table 1): the network's input and its target both have
-    variance one at every noise level, whatever the scale of x.
+    """A network with EDM's preconditioning (Karras et al. 2022, table 1).
 
     network:    takes `(n, channels · patch², h/patch, w/patch)`, c_noise `(n,)` and, if it has labels, one `(n,)`.
     sigma_data: standard deviation of the training images.
@@ -499,7 +493,7 @@ class TimeUNet(UNet):
 
 
 class UntimedUNet(UNet):
-    """The first U-Net, given a time, which it ignores (as the lecture's first one isn't told sigma)."""
+    """The first U-Net, given a time, which it ignores (like the lecture's first one, which isn't told sigma)."""
 
     def forward(self, x, time):
         return super().forward(x)
@@ -520,8 +514,8 @@ def show_time():
 def denoising_loss(denoiser, x0, sigma, noise, *label):
     """The squared error of x0_hat, weighted by 1 / c_out² (Karras et al. 2022, equation 8). Returns `(n,)`.
 
-    What is left is the plain squared error of the network's own output: in a new network, which says 0, no sigma
-    outweighs the others. (Its loss is 1 at low noise, and 1 + (mean / sigma_data)² of the images at high noise.)
+    What is left is the plain squared error of the network's own output: in a new network, which says 0, it is 1 at low
+    noise and 1 + (mean / sigma_data)² of the images at high noise, so that no sigma outweighs the others by much.
     """
     x0_hat = denoiser(add_noise(x0, sigma, noise), sigma, *label)
     _, c_out, _ = denoiser.scales(sigma)
@@ -536,8 +530,8 @@ def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-# Not every level is worth the same. With hardly any noise it can't be told from the image, and with a lot of it the
-# image can't be seen: at both ends the loss stays high, whatever is learned. So most of the training is in between: two
+# Not every level is worth the same. Little noise can't be told from the image, and behind a lot of it the image can't
+# be seen: at both ends the weighted loss stays high, whatever is learned. So most of the training is in between: two
 # of three levels are from 0.14 to 1. (EDM has -1.2 and 1.2, which are from 0.09 to 1: docs/measurements.md.)
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 
@@ -594,12 +588,11 @@ def update_ema(ema, denoiser, step):
         slow.lerp_(fast, min(1.0, 10 / (step + 1)))
 
 
-# How much does time help? Less than one might expect: after 120 steps a small net that is told is better by as much as
-# the picture's title says. (c_in, c_skip and c_out know sigma for both; it is the network that isn't told.) For an
-# image shows by itself how noisy it is. Wherever there is background, all pixels should be the same, and differ by as
-# much as the noise is strong: the table's last line has their deviation in a corner of 3 × 3 pixels, as the network
-# sees it, after c_in. It tells low levels apart; above 1 or so it hardly does, and there, at 1 to 5, the time helps
-# most.
+# How much does time help? Less than one might expect (after 120 steps a small net that is told is better by as much as
+# the picture's title says), because an image shows by itself how noisy it is. Wherever there is background, all pixels
+# should be the same, and differ by as much as the noise is strong: the table's last line has their deviation in a
+# corner of 3 × 3 pixels, as the network sees it, after c_in. It tells low levels apart; above 1 or so it hardly does,
+# and there, at 1 to 5, the time helps most. (c_in, c_skip and c_out know sigma for both nets.)
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # of 1,000 levels drawn in training, 994 are within
 
 
@@ -651,7 +644,7 @@ def show_training():
 # convolution's weights are a matrix as well: the output channels by all that each of them looks at.
 #
 # The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
-# singular value s to a s + b s³ + c s⁵, and five such steps bring anything from 0.0015 to 1 to about 1. As G has only
+# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
 # as many rows as X, the steps are done on G, and X is multiplied once, at the end.
 def orthogonalize(x):
     """Matrices `(n, rows, columns)` in float32 with all singular values moved to about 1 (0.68 to 1.21 where they were
@@ -719,13 +712,13 @@ def show_muon():
 # From pure noise, in small steps, towards what a denoiser says. At first it says much the same for every noise:
 # something like the mean of all garments. A step goes a part of the way there, until as much noise is left as the next
 # sigma says. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
-STEPS = 14  # more bring garments no nearer to real ones (docs/measurements.md)
+STEPS = 14  # more come nearer to the path's end (section 12), but no nearer to real garments (docs/measurements.md)
 
 
-def noise_levels(steps=STEPS, sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX, rho=7):
-    """`steps + 1` values from sigma_max to sigma_min, denser towards the small ones, and then 0 (Karras et al. 2022,
+def noise_levels(steps=STEPS, rho=7):
+    """`steps + 1` values from SIGMA_MAX to SIGMA_MIN, denser towards the small ones, and then 0 (Karras et al. 2022,
     equation 5)."""
-    ramp = np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps)
+    ramp = np.linspace(SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho), steps)
     return [*(ramp**rho).tolist(), 0.0]
 
 
@@ -771,11 +764,11 @@ def sample(denoise, noise, sigmas, method="dpm++"):
     yield 0.0, x, x
 
 
-# A network has to be trained before it can sample. But for a handful of images the best denoiser there is can be
-# written down: x may have been each of them, with a probability that falls with the distance, and the mean of what it
-# may have been is the best guess. It is attention (lesson 2): x is the query, the images are keys and values, and the
-# scores are minus squared distances. It knows its images by heart and makes nothing else. Our network doesn't: what it
-# makes is as far from all training images as test images are (docs/measurements.md).
+# A network has to be trained before it can sample. But for a given set of images the best denoiser can be written down:
+# x may have been each of them, with a probability that falls with the distance, and the mean of what it may have been
+# is the best guess. It is attention (lesson 2): x is the query, the images are keys and values, and the scores are
+# minus squared distances. It knows its images by heart and makes nothing else. Our network makes new ones, as far from
+# all training images as test images are (docs/measurements.md).
 def ideal_denoiser(images):
     """denoise(x, sigma) for `sample`, which knows images `(m, c, h, w)`: the mean of those that x may have been."""
 
@@ -809,7 +802,7 @@ def show_sampling():
     denoise, sigmas = ideal_denoiser(images), noise_levels()
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(4)])
     x = sigmas[0] * noise  # n c h w: nothing but noise
-    x0_hat = denoise(x, torch.full((4,), sigmas[0]))  # n c h w: something like the mean garment
+    x0_hat = denoise(x, torch.full((4,), sigmas[0]))  # n c h w
     x_next = x0_hat + sigmas[1] / sigmas[0] * (x - x0_hat)  # n c h w: the noise is smaller, its direction is the same
     states = list(sample(denoise, noise, sigmas))
     print(f"   sigma {sigmas[0]:.1f} to {sigmas[1]:.1f}: deviation of x {x.std():.1f} to {x_next.std():.1f}")
@@ -818,27 +811,24 @@ def show_sampling():
     for sigma, x, x0_hat in states[::3]:
         print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{spread(x0_hat):36.2f}")
     early, late = spread(states[0][2]), spread(states[-1][2])
-    return plot_film(
-        f"Four expected garments differ by {early:.2f} at first, by {late:.2f} at the end ({name})", states
-    )
+    return plot_film(f"Four expected garments differ by {early:.2f} at first, {late:.2f} at the end ({name})", states)
 
 
 # %% 12. Few steps or many
 # The path from noise to a garment is a curve, and DDIM's step follows its tangent. So the more steps, the nearer we
 # come to where the path leads. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the
-# bend, and is as near after fewer steps. Where the path leads, we take from 400 steps of a third method, Heun's. (More
-# than STEPS bring a trained network's garments nearer to the path's end, but no nearer to real garments.)
+# bend, and is as near after fewer steps. Where the path leads, we take from 400 steps of a third method, Heun's.
 @lesson1.section
 def show_few_steps():
     images, name = load_garments("train", 1000)
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(100)])
     counts, off = (3, 6, STEPS, 24, 48), {"ddim": [], "dpm++": []}
     *_, (_, end, _) = sample(ideal_denoiser(images), noise, noise_levels(400), "heun")
-    for method, steps in ((method, steps) for method in off for steps in counts):
-        *_, (_, x, _) = sample(ideal_denoiser(images), noise, noise_levels(steps), method)
-        off[method].append(float(F.mse_loss(x, end).sqrt()))
     print("   steps  " + "".join(f"{steps:8}" for steps in counts))
     for method, values in off.items():
+        for steps in counts:
+            *_, (_, x, _) = sample(ideal_denoiser(images), noise, noise_levels(steps), method)
+            values.append(float(F.mse_loss(x, end).sqrt()))
         print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
     figure, axes = plt.subplots(figsize=(8, 3.8))
     lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0)
@@ -893,18 +883,14 @@ class Run(NamedTuple):
 class Model(NamedTuple):
     """What a run has to know of a network."""
 
-    name: str  # of its class
-    build: Callable  # build(preset, n_classes): a new one
+    network: type  # its class
+    arguments: Callable = lambda preset, n_classes: ()  # of its constructor, after those of UNet
     told: Callable = lambda label, n_classes: ()  # what it is told of the labels `(n,)` in training, a tuple
 
-
-def make_model(network_class):
-    """The `Model` of a network that takes no label."""
-
-    def build(preset, n_classes):
-        return network_class(preset.patch**2, preset.widths, preset.depth, preset.groups)
-
-    return Model(network_class.__name__, build)
+    def build(self, preset, n_classes):
+        """A new network."""
+        of_unet = preset.patch**2, preset.widths, preset.depth, preset.groups
+        return self.network(*of_unet, *self.arguments(preset, n_classes))
 
 
 class UserError(Exception):
@@ -996,7 +982,7 @@ def restore(checkpoint, path, **parts):
 
 def load_trained(path, model, device, **asked):
     """The averaged denoiser in a checkpoint, and its `Run`. Raises UserError where there is none that was asked for."""
-    checkpoint = load_checkpoint(path, network=model.name, **asked)
+    checkpoint = load_checkpoint(path, network=model.network.__name__, **asked)
     if checkpoint is None:
         raise UserError(f"{path}: no checkpoint there to sample from; train first, without --sample-only")
     run = checkpoint["run"]
@@ -1008,11 +994,9 @@ def load_trained(path, model, device, **asked):
 
 # %% The run: training
 # `torchrun` starts this script several times. Each process draws the numbers of the whole batch, computes on its share,
-# and steps with the mean of all gradients (DistributedDataParallel), so the weights stay the same. All must see the
-# same folder; the first process alone prints, and writes files.
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ["RANK"]) if PROCESSES > 1 else 0
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if PROCESSES > 1 else 0  # among those of the same machine
+# and steps with the mean of all gradients (DistributedDataParallel), so all keep the same weights. All must see
+# the same folder; the first process alone prints, and writes files.
+PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
 def get_denoiser(options, model, path):
@@ -1037,10 +1021,10 @@ def get_denoiser(options, model, path):
     training = {"epochs": options.epochs or preset.epochs, "batch_size": batch_size, "seed": options.seed}
     of_data = {"data": train_set.name, "images": len(images), "classes": train_set.classes}
     size = train_set.images.shape[1:]
-    run = Run(network=model.name, preset=preset_name, **training, **of_data, size=size, sigma_data=sigma_data)
+    run = Run(model.network.__name__, preset_name, **training, **of_data, size=size, sigma_data=sigma_data)
     if PROCESSES > 1:
         if device.type == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # among those of the same machine
         dist.init_process_group()
         runs = [None] * PROCESSES
         dist.all_gather_object(runs, run)
@@ -1050,29 +1034,28 @@ def get_denoiser(options, model, path):
     checkpoint = None if options.restart else load_checkpoint(path, **run._asdict())
     if checkpoint and checkpoint["step"] == run.steps:
         print("training  finished in an earlier run; --restart trains anew")
-        ema, _ = load_trained(path, model, device)
     else:
-        ema = fit(run, model, (images.to(device), labels.to(device)), path, checkpoint)
+        fit(run, model, (images.to(device), labels.to(device)), path, checkpoint)
     if PROCESSES > 1:
         dist.destroy_process_group()
     if RANK:
         sys.exit()  # the first process goes on alone
-    return ema, run
+    return load_trained(path, model, device)
 
 
 def begin(run, model, device, path, checkpoint):
-    """What training changes, by the names that it has in a checkpoint; the number of steps done; their losses."""
+    """What training changes, by the names that it has in a checkpoint; the number of steps done; the loss of each
+    step, NaN for those to come."""
     preset = PRESETS[run.preset]
     denoiser = make_denoiser(run, model, device)
-    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     max_lr = preset.max_lr * (run.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch_size)
-    parts = {"denoiser": denoiser, "ema": ema}
+    parts = {"denoiser": denoiser, "ema": copy.deepcopy(denoiser)}
     parts["muon"], parts["adamw"] = make_optimizers(denoiser, max_lr)
     done, losses = 0, torch.full((run.steps,), math.nan)
     if checkpoint:
         restore(checkpoint, path, **parts)
         done, losses = checkpoint["step"], checkpoint["losses"]
-    print(f"network   {run.network}, preset {run.preset}: {sum(p.numel() for p in ema.parameters()):,} parameters")
+    print(f"network   {run.network}, preset {run.preset}: {sum(p.numel() for p in denoiser.parameters()):,} parameters")
     print(f"device    {PROCESSES} × {device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
     print(f"training  {run.steps:,} steps of {run.batch_size} images" + (f", from step {done:,}" if done else ""))
     return parts, done, losses.to(device)
@@ -1081,9 +1064,9 @@ def begin(run, model, device, path, checkpoint):
 def fit(run, model, dataset, path, checkpoint):
     """Train, or go on from a checkpoint, under a progress bar; save every two minutes, at the end, and when stopped.
 
-    dataset: images and labels, as in `draw_batches`. Returns the averaged denoiser.
+    dataset: images and labels, as in `draw_batches`.
     """
-    (images, labels), device = dataset, dataset[0].device
+    device = dataset[0].device
     parts, done, losses = begin(run, model, device, path, checkpoint)
     denoiser, ema, *optimizers = parts.values()
     network = DistributedDataParallel(denoiser.network) if PROCESSES > 1 else denoiser.network
@@ -1094,7 +1077,7 @@ def fit(run, model, dataset, path, checkpoint):
     def batches():
         n = run.batch_size // PROCESSES
         share = slice(RANK * n, (RANK + 1) * n)
-        for step, *batch, label in draw_batches(images, labels, run.batch_size, run.seed, range(done, run.steps)):
+        for step, *batch, label in draw_batches(*dataset, run.batch_size, run.seed, range(done, run.steps)):
             yield step, *(part[share] for part in (*batch, *model.told(label, len(run.classes))))
 
     def request_stop(number, frame):
@@ -1136,7 +1119,6 @@ def fit(run, model, dataset, path, checkpoint):
         again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
         print(f"stopped after step {done:,} of {run.steps:,}. To go on:\n{again}")
         sys.exit(130)
-    return ema
 
 
 def plot_losses(title, losses):
@@ -1170,10 +1152,10 @@ def sample_images(run, starts, make_denoise, sampler, device):
         denoise = make_denoise(torch.tensor([label for _, label, _ in chosen], device=device))
         shown = np.linspace(0, len(chosen) - 1, min(len(chosen), 4)).round().astype(int)
         states = sampler(denoise, draw_noise(run, chosen, device))
-        for sigma, *state in tqdm(states, desc="sampling", unit=" steps", leave=False, disable=None):
+        for sigma, x, x0_hat in tqdm(states, desc="sampling", unit=" steps", leave=False, disable=None):
             if first == 0:
-                film.append((sigma, *(crop(part[shown], run.size).cpu() for part in state)))
-        images.append(crop(state[0], run.size).clamp(-1, 1).cpu())
+                film.append((sigma, *(crop(part[shown], run.size).cpu() for part in (x, x0_hat))))
+        images.append(crop(x, run.size).clamp(-1, 1).cpu())
     return torch.cat(images), film
 
 
@@ -1227,7 +1209,7 @@ def start(parser, options, work):
         if not (RANK and (options.show or options.sample_only)):
             work(options)
     except (UserError, data.DataError, OSError) as error:
-        parser.exit(2, None if RANK else f"{parser.prog}: {error}\n")
+        parser.exit(2, f"{parser.prog}: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
 
@@ -1236,7 +1218,7 @@ def work(options):
     if options.show:
         lesson1.run_sections(globals(), options.out / "lesson")
         return
-    model = make_model(UntimedUNet if options.no_time else TimeUNet)
+    model = Model(UntimedUNet if options.no_time else TimeUNet)
     denoiser, run = get_denoiser(options, model, options.out / "checkpoint.pt")
     starts = [(options.seed, 0, index) for index in range(options.n)]
     sampler = functools.partial(sample, sigmas=noise_levels(options.steps))

@@ -170,12 +170,7 @@ def drop_labels(label, n_classes):
     return (label.masked_fill(torch.rand(len(label), device=label.device) < 0.1, n_classes),)
 
 
-def build(preset, n_classes):
-    first = preset.patch**2, preset.widths, preset.depth, preset.groups
-    return CondUNet(*first, preset.attention_levels, preset.head_dim, n_classes)
-
-
-MODEL = lesson3.Model("CondUNet", build, drop_labels)
+MODEL = lesson3.Model(CondUNet, lambda preset, n: (preset.attention_levels, preset.head_dim, n), drop_labels)
 
 
 @functools.cache

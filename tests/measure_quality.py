@@ -42,9 +42,13 @@ SWEPT_GUIDANCE = (0, 0.5, 1, 1.5, 2, 3)
 
 # %% The samples
 # What attention alone is worth says lesson 4's network if it is never told a label.
-NO_LABEL = lesson4.MODEL._replace(name="UnlabelledUNet", told=lambda label, n: (torch.full_like(label, n),))
-UNTIMED, TIMED = lesson3.make_model(lesson3.UntimedUNet), lesson3.make_model(lesson3.TimeUNet)
-MODELS = {model.name: model for model in (UNTIMED, TIMED, NO_LABEL, lesson4.MODEL)}
+class UnlabelledUNet(lesson4.CondUNet):
+    pass
+
+
+NO_LABEL = lesson4.MODEL._replace(network=UnlabelledUNet, told=lambda label, n: (torch.full_like(label, n),))
+UNTIMED, TIMED = lesson3.Model(lesson3.UntimedUNet), lesson3.Model(lesson3.TimeUNet)
+MODELS = {model.network.__name__: model for model in (UNTIMED, TIMED, NO_LABEL, lesson4.MODEL)}
 
 
 def load_denoiser(path, device):

@@ -42,7 +42,7 @@ lesson2 = importlib.import_module("02_attention")
 lesson3 = importlib.import_module("03_unet_uncond")
 lesson4 = importlib.import_module("04_unet_cond")
 PRESETS = lesson3.PRESETS
-TIMED, CONDITIONAL = lesson3.make_model(lesson3.TimeUNet), lesson4.MODEL  # the first has no attention
+TIMED, CONDITIONAL = lesson3.Model(lesson3.TimeUNet), lesson4.MODEL  # the first has no attention
 
 
 # %% The competitors
@@ -78,7 +78,7 @@ class Competitor(NamedTuple):
 
     def make_denoiser(self, device):
         size, classes = (self.size, self.size), tuple("0123456789")
-        run = lesson3.Run(self.model.name, self.preset, 1, 64, 0, "noise", 256, classes, size, 0.7)
+        run = lesson3.Run(self.model.network.__name__, self.preset, 1, 64, 0, "noise", 256, classes, size, 0.7)
         if self.kind == "diffusers":
             unet = Diffusers(make_unet(run))
             return lesson3.Denoiser(unet, run.sigma_data, PRESETS[self.preset].patch, self.precision).to(device)

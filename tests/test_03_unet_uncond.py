@@ -385,7 +385,7 @@ def test_parts_that_do_not_fit_are_refused(lesson3, tmp_path):
 
 def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkeypatch):
     path, device, run = tmp_path / "c.pt", torch.device("cpu"), lesson3.Run(*RUN)
-    model, tiny = lesson3.make_model(lesson3.TimeUNet), lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4)
+    model, tiny = lesson3.Model(lesson3.TimeUNet), lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4)
     monkeypatch.setitem(lesson3.PRESETS, "small", tiny)
     with pytest.raises(lesson3.UserError, match="no checkpoint there"):
         lesson3.load_trained(path, model, device)
@@ -395,7 +395,7 @@ def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkey
     assert of_run == run
     torch.testing.assert_close(denoiser.state_dict(), ema.state_dict(), rtol=0, atol=0)
     with pytest.raises(lesson3.UserError, match="network TimeUNet there, UntimedUNet here"):
-        lesson3.load_trained(path, lesson3.make_model(lesson3.UntimedUNet), device)
+        lesson3.load_trained(path, lesson3.Model(lesson3.UntimedUNet), device)
     monkeypatch.setitem(lesson3.PRESETS, "small", tiny._replace(widths=(16, 16)))  # the code has changed since
     with pytest.raises(lesson3.UserError, match="--restart"):
         lesson3.load_trained(path, model, device)

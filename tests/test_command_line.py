@@ -95,7 +95,9 @@ def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
     assert "4 steps of 10 images" in lines[3]
     assert "images/s" in errors
     assert "loss=" in errors
-    assert sorted(Path(line.removeprefix("wrote ")).name for line in lines[4:]) == FILES
+    wrote = [line for line in lines[4:] if line.startswith("wrote ")]
+    assert sorted(Path(line.removeprefix("wrote ")).name for line in wrote) == FILES
+    assert [line.split(", after")[1] for line in lines[4:] if line not in wrote] == [" 4 of 4 steps"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
     assert lesson3.load_checkpoint(tmp_path / "out" / "checkpoint.pt")["step"] == 4
     images = np.load(tmp_path / "out" / "samples.npy")

@@ -22,7 +22,7 @@ def export(lesson3, lesson4, redraw, tmp_path):
 
     def export(name, preset, size=(28, 28)):
         run = lesson3.Run(name, preset, 1.0, 8, 0, "noise", 8, tuple("0123456789"), size, 0.7)
-        model = lesson4.MODEL if name == "CondUNet" else lesson3.make_model(lesson3.TimeUNet)
+        model = lesson4.MODEL if name == "CondUNet" else lesson3.Model(lesson3.TimeUNet)
         network = redraw(model.build(lesson3.PRESETS[preset], 10))
         denoiser = lesson3.Denoiser(network, 0.7, lesson3.PRESETS[preset].patch).requires_grad_(False)
         content = {"run": run._asdict(), "step": 1, "ema": denoiser.state_dict()}

@@ -79,7 +79,7 @@ def test_memory_is_what_is_held_at_a_time():
     assert (kept.shape, most) == ((1000,), 4 * 6000)
 
 
-@pytest.mark.parametrize("model", [measure_speed.TIMED, measure_speed.CONDITIONAL], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [measure_speed.TIMED, measure_speed.CONDITIONAL], ids=["time", "label"])
 def test_competitors_have_the_same_structure_and_are_told_what_the_lesson_tells(model, tiny, lesson3, monkeypatch):
     """As many parameters and operations; and only in attention by hand is there attention by hand. In training, of ten
     labels one is dropped, and a network without labels is told none."""
@@ -142,6 +142,6 @@ def test_growth(tiny, lesson4):
     assert batch_size == tuple(round(1e7 / each) for each in operations)
     for name, preset, _ in measure_speed.growth_nets():
         with torch.device("meta"):
-            network = lesson4.build(preset, 10)
+            network = lesson4.MODEL.build(preset, 10)
         layers = [layer for layer in network.modules() if isinstance(layer, measure_speed.lesson2.TokenSelfAttention)]
         assert len(layers) == 1 + (2 * preset.depth + 1) * len(preset.attention_levels), name

@@ -136,7 +136,7 @@ def test_networks(lesson3, lesson4, redraw, compare, arguments, shape, dtype, to
 @pytest.mark.parametrize("name", ["small", "lecture"])
 def test_presets(lesson3, lesson4, redraw, compare, name):
     preset = lesson3.PRESETS[name]
-    network, side = redraw(lesson4.build(preset, 10).double()), 2 ** len(preset.widths)
+    network, side = redraw(lesson4.MODEL.build(preset, 10).double()), 2 ** len(preset.widths)
     x, time = normal(1, preset.patch**2, side, side), lesson3.TIME_SCALE * normal(1)
     expected = reference.cond_unet(*numbers(x, time), None, arrays(network), preset.groups, preset.head_dim)
     compare(f"preset {name}", network(x, time), expected, 1e-10)
