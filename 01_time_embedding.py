@@ -62,17 +62,13 @@ def show_clock():
 def timestep_embedding(timesteps, dim, max_period=10_000):
     """Sines and cosines of each time, at `dim // 2` frequencies from 1 down to `1 / max_period`.
 
-    timesteps: `(n,)`. dim: at least 2; an odd one is padded with a column of zeros. max_period: at least 1; the fastest
-    hand takes `2 pi` for a turn, the slowest `2 pi max_period`. Returns `(n, dim)`, sines first, in the type of
-    `timesteps` (float32 for integers). Raises ValueError for other shapes and ranges.
-
-    Vaswani et al. 2017, section 3.5, with the ends of the frequencies as in Ho et al. 2020.
+    timesteps: `(n,)`. dim: at least 2; an odd one is padded with a column of zeros. max_period: at least 1. Returns
+    `(n, dim)`, sines first, in the type of `timesteps` (float32 for integers). Raises ValueError for other shapes and
+    ranges. (Vaswani et al. 2017, section 3.5, with the ends of the frequencies as in Ho et al. 2020.)
     """
     if timesteps.ndim != 1 or dim < 2 or not 1 <= max_period < math.inf:
-        raise ValueError(
-            "need timesteps of shape (n,), dim >= 2 and a finite max_period >= 1, "
-            f"got shape {tuple(timesteps.shape)}, {dim} and {max_period}"
-        )
+        got = f"shape {tuple(timesteps.shape)}, {dim} and {max_period}"
+        raise ValueError(f"need timesteps of shape (n,), dim >= 2 and a finite max_period >= 1, got {got}")
     dtype = timesteps.dtype if timesteps.is_floating_point() else torch.float32
     t = timesteps.to(torch.promote_types(dtype, torch.float32))  # in half precision, an angle near 1000 is off by 0.25
     exponents = torch.linspace(0, 1, dim // 2, dtype=t.dtype, device=t.device)  # dim/2, evenly spaced
@@ -130,18 +126,13 @@ def show_distances():
 # nothing. The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017); diffusion models took it
 # over for t = 0, 1, ..., 999. The lecture keeps it, too, though its conditional model (notebook 28) puts in t from 0 to
 # 1, where most columns stand still.
-def count_still(columns):
-    """How many columns of `(n, dim)` move by less than 1 % of a full swing, which for a sine is from -1 to 1."""
-    return int((columns.amax(dim=0) - columns.amin(dim=0) < 0.02).sum())
-
-
 @section
 def show_max_period():
     figure, axes = plt.subplots(1, 4, figsize=(8, 3), sharey=True)
     for axis, (last, max_period) in zip(axes, ((99, 10), (99, 100), (99, 10_000), (1, 10_000)), strict=True):
         matrix = timestep_embedding(torch.linspace(0, last, 100), 16, max_period)
         axis.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, extent=(0, last, 15.5, -0.5))
-        still = count_still(matrix)
+        still = int((matrix.amax(dim=0) - matrix.amin(dim=0) < 0.02).sum())  # less than 1 % of a swing from -1 to 1
         print(f"   t from 0 to {last}, max_period {max_period}: {still} of 16 columns stand still")
         axis.set(xlabel="t", title=f"max_period {max_period}:\n{still} of 16 still")
     axes[0].set_ylabel("column")
@@ -156,10 +147,8 @@ def show_max_period():
 # it. A rotation changes neither lengths nor angles; so the dot product of two embeddings cannot depend on when they
 # are, but only on how far apart: it is the sum of cos(frequency * distance).
 def rotation(shift, dim, max_period=10_000):
-    """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t; dim is even.
-
-    Vaswani et al. 2017, section 3.5, choose the sines for this.
-    """
+    """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t; dim is even
+    (Vaswani et al. 2017, section 3.5, choose the sines for this)."""
     sines, cosines = timestep_embedding(torch.tensor([shift], dtype=torch.float64), dim, max_period)[0].chunk(2)
     to_sines = torch.cat([cosines.diag(), sines.diag()], dim=1)  # sin(a + b) = cos(b) sin(a) + sin(b) cos(a)
     to_cosines = torch.cat([-sines.diag(), cosines.diag()], dim=1)  # cos(a + b) = -sin(b) sin(a) + cos(b) cos(a)
@@ -218,19 +207,17 @@ def show_scale_shift():
     torch.manual_seed(0)
     embed, layer = TimeEmbedding(dim=16), ScaleShift(4 * 16, channels=4)
     nn.init.normal_(layer.linear.weight, std=1.5)  # a new layer hardly moves; this one's weights are larger, to be seen
-    t = torch.linspace(0, 100, 401)
-    x = F.interpolate(torch.randn(1, 4, 4, 4), size=(16, 16), mode="bicubic").expand(401, -1, -1, -1)  # smooth blobs
+    t = torch.linspace(0, 100, 6)
+    x = F.interpolate(torch.randn(1, 4, 4, 4), size=(16, 16), mode="bicubic").expand(6, -1, -1, -1)  # smooth blobs
     with torch.no_grad():
-        y = layer(x, embed(t))  # 401 4 16 16
+        y = layer(x, embed(t))  # 6 4 16 16
     print(f"   t {tuple(t.shape)} -> embedding {tuple(embed(t).shape)}; x {tuple(x.shape)} -> {tuple(y.shape)}")
     moved = (y - y[0]).flatten(1).norm(dim=1) / y[0].norm()
     figure, axes = plt.subplots(figsize=(8, 5.6))
-    axes.imshow(rearrange(y[::80], "t c h w -> (c h) (t w)").numpy())
-    axes.set_xticks(range(8, 96, 16), [f"t = {time:.0f}" for time in t[::80]])
+    axes.imshow(rearrange(y, "t c h w -> (c h) (t w)").numpy())
+    axes.set_xticks(range(8, 96, 16), [f"t = {time:.0f}" for time in t])
     axes.set_yticks(range(8, 64, 16), [f"channel {channel}" for channel in range(4)])
-    axes.set_title(
-        f"Untrained, with large weights: one input at six times, moved by up to {moved.max():.0%} of its size"
-    )
+    figure.suptitle(f"Untrained, large weights: one input at six times, moved by up to {moved.max():.0%} of its size")
     return figure
 
 
@@ -251,7 +238,7 @@ def plot_image(axes, image, title, **options):
     """An image `(h, w)` under its title."""
     axes.set_title(title, fontsize=10)
     axes.set(xticks=[], yticks=[])
-    return axes.imshow(image.numpy(), **options)
+    axes.imshow(image.numpy(), **options)
 
 
 def plot_images(axes, images, columns, rows=(), titles=()):
@@ -281,9 +268,7 @@ def plot_grid(title, images, columns, rows=(), titles=()):
 
 def write(path, save):
     """Let save(buffer) make a file's content, and write it, all or nothing: what was there stays until all is there.
-
-    Raises OSError, with path and reason, where it can't be written.
-    """
+    Raises OSError, with path and reason, where it can't be written."""
     buffer, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
     save(buffer)
     try:
@@ -305,9 +290,8 @@ def save_picture(figure, path):
 def run_sections(script, out):
     """Run the show_ functions of a script, a dictionary of its names, in their order; pictures go to the folder out."""
     out.mkdir(parents=True, exist_ok=True)
-    shows = [function for name, function in script.items() if name.startswith("show_")]
-    for number, show in enumerate(shows, 1):
-        name = show.__name__.removeprefix("show_")
+    shows = {name.removeprefix("show_"): value for name, value in script.items() if name.startswith("show_")}
+    for number, (name, show) in enumerate(shows.items(), 1):
         print(f"\n{number}. {name.replace('_', ' ')}")
         if figure := show():
             save_picture(figure, out / f"{number:02}_{name}.png")

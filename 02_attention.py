@@ -33,10 +33,8 @@ lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` is no 
 # Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; s tokens, each d wide;
 # (h w) is one axis. `.mT` swaps the last two.
 def attention_weights(q, k):
-    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i hears of each; its sum is 1.
-
-    Vaswani et al. 2017, section 3.2.1.
-    """
+    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i hears of each; its sum is 1
+    (Vaswani et al. 2017, section 3.2.1)."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 5 says why they are divided
     return scores.softmax(dim=-1)
 
@@ -148,7 +146,7 @@ def show_reach():
 
 
 # %% 4. What flattening loses
-# Which tokens were neighbours, is lost. Attention has no notion of a place, so permuting its input permutes its
+# What is lost is which tokens were neighbours. Attention has no notion of a place, so permuting its input permutes its
 # output and does nothing else. A U-Net can live with that, because the convolutions around the attention have put
 # something of its neighbourhood into each pixel. A transformer (section 12) has to be told the places.
 def permute_pixels(x, order):
@@ -204,9 +202,7 @@ def show_division():
             weights = scores.softmax(dim=-1)  # s s
             bits[name].append(entropy(weights).mean())
             through = gradient_through(weights).mean()
-            print(
-                f"   d = {d:3} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits, gradient {through:.2f}"
-            )
+            print(f"   d {d:3} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits, gradient {through:.2f}")
     figure, axes = plt.subplots(figsize=(7, 3.6))
     lesson1.plot_lines(axes, dims, bits, xscale="log", xlabel="width d", ylabel="entropy of the weights (bits)")
     figure.suptitle("256 tokens: undivided, the scores of wide ones leave softmax with a single winner")
@@ -217,10 +213,8 @@ def show_division():
 # A layer is a group norm, so that scores don't grow with x (lesson 3 says why this norm); three learned projections of
 # the same tokens, the queries, keys and values; attention; an output projection; and a residual.
 class SelfAttention(nn.Module):
-    """Every pixel hears all pixels, and adds what it hears to itself. Activations `(n, c, h, w)` in and out.
-
-    Ho et al. 2020, appendix B.
-    """
+    """Every pixel hears all pixels, and adds what it hears to itself. Activations `(n, c, h, w)` in and out (Ho et al.
+    2020, appendix B)."""
 
     def __init__(self, channels, groups=1):
         super().__init__()
@@ -258,8 +252,8 @@ def show_layer():
 
 # %% 7. rearrange
 # view moves no axis at all, permute moves them by number; rearrange moves them by name. So it can be read, and it can
-# check what it is given. Brackets on the left split an axis (then sizes are given, all but one), on the right they join
-# axes. Each entry: a shape, what rearrange is told, and the same by hand.
+# check what it is given. Brackets on the left split an axis (give the sizes of its parts, all but one), on the right
+# they join axes. Each entry: a shape, what rearrange is told, and the same by hand.
 TOKENS, IMAGES = (2, 64, 32), (2, 32, 8, 8)
 GALLERY = [
     (TOKENS, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
@@ -301,9 +295,8 @@ class TokenSelfAttention(nn.Module):
     """Every token hears all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
     channels: c. heads: how many, each `channels // heads` wide. attend: how q, k and v become averages; section 11 has
-    a faster way. Raises ValueError where heads doesn't divide channels.
-
-    Vaswani et al. 2017, section 3.2.2; lecture section "multi-head attention".
+    a faster way. Raises ValueError where heads doesn't divide channels. (Vaswani et al. 2017, section 3.2.2; lecture
+    section "multi-head attention".)
     """
 
     def __init__(self, channels, heads, attend=attention):
@@ -553,10 +546,9 @@ class TransformerBlock(nn.Module):
 class VisionTransformer(nn.Module):
     """Images `(n, channels_in, size, size)` to a score for each class, `(n, n_classes)`.
 
-    A token is a patch of `patch × patch` pixels, and a learned vector says where it was. Raises ValueError where patch
-    doesn't divide size, or heads doesn't divide channels.
-
-    Dosovitskiy et al. 2021, who classify one more token's output where we take the mean of all.
+    A token is a patch of `patch × patch` pixels, and a learned vector says where it was (Dosovitskiy et al. 2021, who
+    classify one more token's output where we take the mean of all). Raises ValueError where patch doesn't divide size,
+    or heads doesn't divide channels.
     """
 
     def __init__(self, size=28, patch=4, channels=64, depth=4, heads=4, n_classes=10, channels_in=1):
@@ -588,8 +580,6 @@ class VisionTransformer(nn.Module):
 # convolutional net of the same size. Pre-training helps: it first learns to fill in hidden patches, for which no image
 # needs a label. That makes up for four fifths of the gap where 600 of Fashion-MNIST's images have labels, and for half
 # of it where 2,400 or 9,600 have (docs/data_efficiency.png, by tests/measure_data_efficiency.py).
-#
-# And it has to be told where each patch was, by a vector that it learns for each place.
 @lesson1.section
 def show_transformer():
     torch.manual_seed(0)
@@ -617,9 +607,7 @@ def show_transformer():
 # most. So it can't be any convolution.
 class PositionAttention(nn.Module):
     """Attention by place alone: head i hears the pixel that is offsets[i] away, `(rows, columns)`, or zeros.
-
-    Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`.
-    """
+    Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""
 
     def __init__(self, channels_in, channels_out, offsets, bias=True):
         super().__init__()
@@ -643,10 +631,7 @@ class PositionAttention(nn.Module):
 
 def attention_from_convolution(conv):
     """An attention layer that is the same function as a 3×3 convolution, on images of any size, borders included.
-
-    Raises ValueError for anything but an `nn.Conv2d` with a 3×3 kernel, stride 1, padding 1 with zeros, dilation 1 and
-    groups 1.
-    """
+    Raises ValueError for anything but an `nn.Conv2d` with the settings in `expected`."""
     expected = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "padding_mode": "zeros"}
     expected |= {"dilation": (1, 1), "groups": 1}
     if not isinstance(conv, nn.Conv2d) or any(getattr(conv, name) != value for name, value in expected.items()):

@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torch import nn
 
@@ -56,41 +55,35 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
     pass
 
 
-# Every pixel hears every pixel: at 32 × 32 pixels a single head has a million weights for one image. That memory is why
-# the lecture leaves the first level out. A fused kernel (lesson 2, section 11) never holds the weights, but its time
-# still grows with the square of the number of pixels.
+# At 32 × 32 pixels a single head has a million weights for one image. That memory is why the lecture leaves the first
+# level out. A fused kernel (lesson 2, section 11) never holds them, but its time still grows with the pixels' square.
 def measure_levels(preset, size):
     """For each level of a preset's net, one image of this padded size: the side in pixels; the megabytes that a block
     keeps for its backward pass, without and with attention; those of all attention weights, were they kept; the
     milliseconds of a forward and backward pass, without and with attention."""
     embedding = torch.zeros(1, 4 * preset.widths[0])
     for level, width in enumerate(preset.widths):
-        side, head_dim = size // preset.patch // 2**level, math.gcd(width, preset.head_dim)  # 32 doesn't divide 48
+        side = size // preset.patch // 2**level
         blocks = [AttentionResBlock(width, width, preset.groups, 4 * preset.widths[0]) for _ in range(2)]
-        blocks[1].add_attention(head_dim)
+        blocks[1].add_attention(preset.head_dim)
         x = torch.randn(1, width, side, side)
         kept = [lesson2.measure_kept(block, x, embedding) / 1e6 for block in blocks]
         passes = [functools.partial(block, embedding=embedding) for block in blocks]
         seconds = lesson2.measure_seconds(passes, x, enough=0.3)
-        yield side, *kept, 4e-6 * (width // head_dim) * side**4, *(1000 * value for value in seconds)
+        yield side, *kept, 4e-6 * (width // preset.head_dim) * side**4, *(1000 * value for value in seconds)
 
 
 @lesson1.section
 def show_cost():
-    print("   one block, one image:    megabytes kept                       milliseconds")
-    print("    preset  side   without  with attention  its weights   without  with attention")
-    for name, size in {"small": 28, "lecture": 32}.items():  # the picture is of the second
-        table = np.array(list(measure_levels(lesson3.PRESETS[name], size)))
-        for row in table:
-            print("   {:>7}{:6.0f}{:10.2f}{:16.2f}{:13.2f}{:10.2f}{:16.2f}".format(name, *row))
-    sides, plain, attending, weights, quick, slow = table.T
+    levels = measure_levels(lesson3.PRESETS["lecture"], 32)
+    sides, plain, attending, weights, quick, slow = zip(*levels, strict=True)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
     curves = {"block": plain, "with attention": attending, "weights, if kept": weights}
-    levels = {"xlabel": "side of the level in pixels", "xscale": "log"}
-    lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept", yscale="log", **levels)
-    lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **levels)
-    first, last = (f"{slow[i] / quick[i]:.1f} times as long at {sides[i]:.0f} × {sides[i]:.0f}" for i in (0, -1))
-    figure.suptitle(f"With attention a block takes {first}, {last} ({name})")
+    labels = {"xlabel": "side of the level in pixels", "xscale": "log"}
+    lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept of an image", yscale="log", **labels)
+    lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **labels)
+    first, last = (f"{slow[i] / quick[i]:.1f} times as long at {sides[i]} × {sides[i]}" for i in (0, -1))
+    figure.suptitle(f"With attention a block takes {first}, {last}")
     return figure
 
 
@@ -196,7 +189,6 @@ def show_labels():
     images = follow(lambda x, sigma: denoiser(x, sigma, label), starts)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
     by_label, by_noise = lesson3.spread(table.transpose(0, 1)), lesson3.spread(table)
-    print(f"   a pixel's deviation: {by_label:.2f} among labels, same noise; {by_noise:.2f} among noises, same label")
     title = f"The label changes a pixel by {by_label:.2f}, the noise by {by_noise:.2f} ({run.data}; a row is one noise)"
     titles = [name.replace(" ", "\n").replace("/", "/\n") for name in run.classes]
     return lesson1.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
@@ -209,10 +201,9 @@ def show_labels():
 # x0_hat is x less sigma times the predicted noise, it's the same line for the noise, which papers speak of.) It gives
 # clearer garments of the class, and fewer odd ones.
 #
-# But while there is much noise, the rough shape is being decided, and how light the garment will be; and guidance makes
-# the garments of a class alike in both. So it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024),
-# and the other half of the steps evaluates the network once instead of twice. And a network that was trained for long
-# knows its classes better, and needs less (docs/measurements.md).
+# But it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; section 5 shows why), so the other
+# half of the steps evaluates the network once instead of twice. And a network that was trained for long knows its
+# classes better, and needs less (docs/measurements.md).
 GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
 
 
@@ -222,11 +213,8 @@ def choose_guidance(seen):
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
-    """denoise(x, sigma) for `sample`: x0(label) + w · (x0(label) - x0(no label)), in one batched call.
-
-    label: int64 `(n,)`. guidance: w; 0 is the model with the label as it is, -1 the one without. below: for a sigma
-    above this w is 0; all sigmas of a batch are equal.
-    """
+    """denoise(x, sigma) for `sample`, in one batched call. label: int64 `(n,)`. guidance: w; 0 is the model with the
+    label as it is, -1 the one without. below: for a sigma above this w is 0; all sigmas of a batch are equal."""
     both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
 
     def denoise(x, sigma):
@@ -241,22 +229,22 @@ def guide(denoiser, label, guidance, below=GUIDED_BELOW):
 @lesson1.section
 def show_line():
     denoiser, run = load()
-    n, device = len(run.classes), denoiser.device
-    noise = lesson3.draw_noise(run, [(0, i, 0) for i in range(n)], device)
-    label, sigma = torch.arange(n, device=device), torch.full((n,), 3.0)
-    x = 3 * noise  # nothing but noise
-    points = {w: guide(denoiser, label, w, math.inf)(x, sigma) for w in (-1, 0, 0.5, 1, 3)}
-    away = [f"{(point - points[0]).square().mean().sqrt():.2f}" for point in points.values()]
+    n = len(run.classes)
+    x = 3 * lesson3.draw_noise(run, [(0, i, 0) for i in range(n)], denoiser.device)  # nothing but noise
+    label, sigma = torch.arange(n, device=x.device), torch.full((n,), 3.0)
+    settings = {"no label": -1, "label": 0, "guidance 0.5": 0.5, "guidance 1": 1, "guidance 3": 3}
+    points = [guide(denoiser, label, w, math.inf)(x, sigma) for w in settings.values()]
+    away = [f"{(point - points[1]).square().mean().sqrt():.2f}" for point in points]
     print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from what the label says by itself")
-    names = ["no label", "label", *(f"guidance {w:g}" for w in list(points)[2:])]
-    images = lesson3.crop(torch.cat(list(points.values())), run.size).cpu()
+    images = lesson3.crop(torch.cat(points), run.size).cpu()
     title = f"One step at sigma 3: from no label to the label, and on along the same line ({run.data})"
-    return lesson1.plot_grid(title, images, n, names)
+    return lesson1.plot_grid(title, images, n, settings)
 
 
 # %% 5. How strong, and from when
-# From where the noise is down to 3, even strong guidance costs no variety. From the start it does: the garments of a
-# class become alike, and lighter.
+# While there is much noise, the rough shape is being decided, and how light the garment will be. Guided from the start,
+# the garments of a class become alike in both, and lighter. From where the noise is down to 3, even strong guidance
+# costs no variety.
 @lesson1.section
 def show_guidance():
     denoiser, run = load()
@@ -294,12 +282,11 @@ def show_blend():
     n, steps, rows, largest = len(run.classes), 9, [], []
     pairs = [(one % n, other % n) for one, other in ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6))]
     names = [f"{run.classes[one]} to\n{run.classes[other]}" for one, other in pairs]
-    for (one, other), name in zip(pairs, names, strict=True):
-        blended, label = blend(denoiser, one, other, steps), torch.arange(steps, device=denoiser.device)
-        rows.append(follow(guide(blended, label, 0), [(0, one, 0)] * steps))
-        jumps = (rows[-1][1:] - rows[-1][:-1]).flatten(1).norm(dim=1)
+    label = torch.arange(steps, device=denoiser.device)
+    for one, other in pairs:
+        rows.append(follow(guide(blend(denoiser, one, other, steps), label, 0), [(0, one, 0)] * steps))
+        jumps = rows[-1].diff(dim=0).flatten(1).norm(dim=1)
         largest.append(float(jumps.max() / jumps.sum()))
-        print(f"   {name}: {largest[-1]:.0%} of the way in the largest of {steps - 1} steps".replace("\n", " "))
     shares = f"{min(largest):.0%} to {max(largest):.0%}"
     title = f"From class to class, the largest of {steps - 1} steps makes {shares} of the way ({run.data})"
     return lesson1.plot_grid(title, torch.cat(rows), steps, names, [f"{i / (steps - 1):.0%}" for i in range(steps)])
@@ -321,8 +308,7 @@ def catch_weights(layer, denoise, x, sigma):
 @lesson1.section
 def show_look():
     denoiser, run = load()
-    blocks = [block for level in denoiser.network.up for block in level]
-    layer = [block.attention for block in blocks if not isinstance(block.attention, nn.Identity)][-1]
+    layer = [part for part in denoiser.network.up.modules() if isinstance(part, lesson2.MultiHeadSelfAttention)][-1]
     label = torch.tensor([len(run.classes) - 1], device=denoiser.device)
     denoise, noise = guide(denoiser, label, 0), lesson3.draw_noise(run, [(0, int(label), 0)], denoiser.device)
     states = list(lesson3.sample(denoise, noise, lesson3.noise_levels()))
@@ -334,11 +320,10 @@ def show_look():
         y, place = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
         lesson1.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
         for axis, look in zip(row[1:], looks[:, y, place], strict=False):
-            far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()
-            print(f"   sigma {sigma:6.2f}: {far:.0%} of the weight is over two places away; of even weights {even:.0%}")
+            far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()  # over two places away
             lesson1.plot_image(axis, look, f"{far:.0%} far away", cmap="gray_r", vmin=0)
             axis.plot(place, y, "s", color="tab:orange", markerfacecolor="none")
-    figure.suptitle(f"What three heads hear at the marked place: it depends on head and noise ({run.data})")
+    figure.suptitle(f"What three heads hear; of even weights, {even:.0%} would be far away ({run.data})")
     return figure
 
 
