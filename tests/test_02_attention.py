@@ -121,20 +121,11 @@ def test_permuting_pixels_permutes_the_output_of_attention(attention_layer):
 
 
 # 5. The division
-@pytest.mark.parametrize("d", [4, 64, 256])
-def test_the_division_keeps_a_winner_from_taking_all(d):
-    q, k = torch.randn(2, 4, 256, d)
-    undivided, divided = (q @ k.mT).softmax(dim=-1), lesson.attention_weights(q, k)
-    assert 7 < lesson.entropy(divided).mean() < 8 and 0.95 < lesson.gradient_through(divided).mean() < 1
-    assert lesson.entropy(undivided).mean() < (1 if d == 256 else 7)
-    assert d < 256 or lesson.gradient_through(undivided).mean() < 0.25
-
-
 def test_entropy_and_gradient_are_those_of_softmax():
     assert_near(lesson.entropy(torch.tensor([[0, 1, 0, 0], [0.25] * 4, [0.5, 0, 0.5, 0]])), [0, 2, 1], 1e-6)
-    scores = torch.randn(6, dtype=torch.float64)
-    jacobian = torch.func.jacrev(lambda row: row.softmax(dim=-1))(scores)
-    assert_near(lesson.gradient_through(scores.softmax(dim=-1)), jacobian.trace(), 1e-12)
+    scores = torch.randn(3, 6, dtype=torch.float64)
+    traces = [torch.func.jacrev(lambda row: row.softmax(dim=-1))(row).trace() for row in scores]
+    assert_near(lesson.gradient_through(scores.softmax(dim=-1)), torch.stack(traces), 1e-12)
 
 
 # 6. One head
@@ -166,47 +157,6 @@ def test_heads_equal_numpy_and_pytorch(attention_layer, by_hand, dtype, toleranc
             assert_near(layer.weights(x), weights, tolerance)
             expected = gradients(x + heard.mT.reshape(shape), x, *layer.norm.parameters(), *theirs.parameters())
             assert_near(gradients(layer(x), x, *layer.parameters()), expected, tolerance)
-
-
-def test_to_torch_copies_with_the_type():
-    layer = lesson.TokenSelfAttention(8, 2).bfloat16()
-    theirs = lesson.to_torch(layer)
-    assert theirs.in_proj_weight.dtype == torch.bfloat16
-    nn.init.zeros_(layer.qkv.weight)
-    assert theirs.in_proj_weight.any()
-
-
-def test_a_new_layer_has_the_promised_parts_and_changes_its_input():
-    layer, x = lesson.MultiHeadSelfAttention(12, heads=3, groups=2), torch.randn(2, 12, 3, 4)
-    parts = {f"{part}.{kind}" for part in ("norm", "attention.qkv", "attention.proj") for kind in ("weight", "bias")}
-    assert set(layer.state_dict()) == parts and not torch.equal(layer(x), x)
-
-
-def test_the_layout_in_memory_does_not_matter(attention_layer):
-    layer, x = attention_layer(8, 2, 4), torch.randn(3, 8, 4, 5, dtype=torch.float64)
-    assert_near(layer(x.to(memory_format=torch.channels_last)), layer(x), 1e-13)
-    assert_near(layer(x.transpose(2, 3)), layer(x.transpose(2, 3).contiguous()), 1e-13)
-
-
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_extreme_activations_and_no_images(attention_layer, by_hand):
-    layer = attention_layer(8, 2, dtype=torch.float32, by_hand=by_hand)
-    x = torch.randn(2, 8, 5, 6)
-    for scale in (1e6, 1e-6, 0):
-        assert layer(scale * x).isfinite().all()
-    assert lesson.attention_weights(1e18 * x[:, :, 0], 1e18 * x[:, :, 0]).isfinite().all()
-    assert layer(x[:0]).shape == (0, 8, 5, 6)
-    assert layer.weights(x[:0]).shape == (0, 2, 30, 30)
-
-
-@pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(attention_layer, dtype, by_hand):
-    layer = attention_layer(8, 2, 4, dtype, by_hand)
-    x = torch.randn(2, 8, 4, 4, dtype=dtype)
-    y = layer(x)
-    assert y.dtype == dtype
-    assert_near(y, layer.double()(x.double()), 0.05)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -285,15 +235,6 @@ def test_attention_expresses_any_convolution(redraw, dtype, tolerance):
             assert_near(expected[0], numpys, tolerance)
     redraw(conv)  # the kernel has been copied
     assert_near(layer(x), expected, tolerance)
-
-
-def test_the_scores_single_out_one_pixel_or_the_zeros():
-    weights = lesson.attention_from_convolution(nn.Conv2d(1, 1, 3, padding=1)).scores(4, 6).softmax(dim=-1)
-    assert weights.shape == (9, 24, 25)
-    inside = weights[:, 2 * 6 + 3]  # of pixel (2, 3), away from the borders
-    assert inside.argmax(dim=-1).tolist() == [6 * r + c for r in (1, 2, 3) for c in (2, 3, 4)]
-    assert inside[:, -1].max() < 1e-20
-    assert_near(weights[:, 0, -1], torch.tensor([1, 1, 1, 1, 0, 0, 1, 0, 0]), 1e-20)  # of the corner
 
 
 # What is refused

@@ -42,14 +42,6 @@ def test_any_size_that_can_be_halved_and_a_silent_start(lesson3, widths, depth, 
     torch.testing.assert_close(block(x, torch.randn(2, 12)), x)
 
 
-def test_images_and_times_of_a_batch_do_not_touch_each_other(time_unet):
-    x, time = noisy(3, 2, 8, 8), torch.tensor([10.0, -300.0, 50.0])
-    whole = time_unet(x, time)
-    alone = torch.cat([time_unet(x[i : i + 1], time[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(whole, alone, rtol=1e-4, atol=1e-5)
-    assert (whole - time_unet(x, time + 5)).abs().amax(dim=(1, 2, 3)).min() > 1e-3
-
-
 @pytest.mark.parametrize("out_channels", [8, 12])
 def test_a_block_equals_that_of_diffusers(lesson3, redraw, compare, out_channels):
     """Also: scale and shift act after the second norm, and each norm sees one image and one group."""
@@ -76,16 +68,6 @@ def test_everything_on_the_way_down_is_saved_until_it_is_taken(lesson3, time_une
     assert all(layer.saved is None for layer in layers)
 
 
-@pytest.mark.parametrize("name", SAVED)
-def test_each_skip_matters(time_unet, name):
-    """A saved activation that is changed, but not what flows on down, changes the output."""
-    layer = time_unet.get_submodule(name)
-    x, time = noisy(2, 2, 8, 8), torch.randn(2) * 100
-    before, take = time_unet(x, time), layer.take
-    layer.take = lambda: take() * 1.1
-    assert (before - time_unet(x, time)).abs().max() > 1e-3
-
-
 def test_saved_in_front_of_a_class_changes_nothing_but_saves(lesson3):
     conv, x = lesson3.SavedConv(2, 3, 3), noisy(1, 2, 5, 5)
     expected = nn.functional.conv2d(x, conv.weight, conv.bias)
@@ -98,19 +80,6 @@ def test_saved_in_front_of_a_class_changes_nothing_but_saves(lesson3):
 
 
 # Noise and the denoiser
-def test_preconditioning_gives_unit_variance_and_the_right_target(lesson3):
-    """Whatever sigma: the network's input and the target it is trained to give have variance one."""
-    denoiser, noise = lesson3.Denoiser(None, 0.7), torch.randn(200_000).double()
-    x0 = 0.7 * torch.randn_like(noise)
-    for sigma in (0.02, 0.3, 0.7, 5.0, 80.0):
-        c_skip, c_out, c_in = denoiser.scales(torch.tensor(sigma, dtype=torch.float64))
-        x = x0 + sigma * noise
-        for part in (c_in * x, (x0 - c_skip * x) / c_out):
-            assert part.std() == pytest.approx(1, abs=0.01)
-        # and c_skip is the one that makes c_out, the amplification of the network's errors, smallest
-        assert c_out**2 == pytest.approx((0.7 * (1 - c_skip)) ** 2 + (c_skip * sigma) ** 2)
-
-
 def test_the_loss_of_a_silent_network_is_one_at_every_sigma(lesson3):
     denoiser = lesson3.Denoiser(lesson3.UntimedUNet(4, (8,), 1, 4), 1.0, patch=2)
     images = noisy(64, 1, 16, 16)
@@ -120,16 +89,6 @@ def test_the_loss_of_a_silent_network_is_one_at_every_sigma(lesson3):
 
 
 # Samplers
-@pytest.mark.parametrize("method", ["ddim", "dpm++", "heun"])
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_a_single_point_is_found_exactly(lesson3, method, steps):
-    point, noise = noisy(1, 1, 4, 4).double(), noisy(5, 1, 4, 4).double()
-    sigmas = lesson3.noise_levels(steps)
-    states = list(lesson3.sample(lambda x, sigma: point.expand_as(x), noise, sigmas, method))
-    assert [sigma for sigma, _, _ in states] == [*sigmas[:-1], 0.0]
-    torch.testing.assert_close(states[-1][1], point.expand(5, 1, 4, 4), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpm++", 2), ("heun", 2)])
 def test_the_order_of_each_sampler(lesson3, method, order):
     """Gaussian data of deviation s: the ideal denoiser is linear, and x shrinks as sqrt(sigma² + s²) on its path."""
@@ -152,14 +111,6 @@ def test_evaluations_are_as_many_as_promised(lesson3):
         assert [call.args[1].shape for call in denoise.call_args_list] == [(1,)] * expected
     with pytest.raises(ValueError, match="ddim"):
         next(lesson3.sample(denoise, noise, sigmas, "euler"))
-
-
-def test_the_ideal_denoiser_makes_its_images_and_no_others(lesson3):
-    images = noisy(20, 1, 6, 6)
-    *_, (_, x, _) = lesson3.sample(lesson3.ideal_denoiser(images), noisy(50, 1, 6, 6), lesson3.noise_levels())
-    nearest, which = torch.cdist(x.flatten(1), images.flatten(1)).min(dim=1)
-    assert nearest.max() < 0.01
-    assert len(which.unique()) > 5
 
 
 # Training
@@ -202,15 +153,6 @@ def make_parts(lesson3, widths=(8, 8)):
     return {"denoiser": denoiser, "ema": copy.deepcopy(denoiser), "muon": muon, "adamw": adamw}
 
 
-def tiny_training(lesson3, parts, steps, total=30):
-    """Train on two flat pictures; returns the losses."""
-    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    images[1, :, 2:6, 2:6] = 200
-    batches = (batch[:-1] for batch in lesson3.draw_batches(images, torch.zeros(2), 16, 0, steps))
-    denoiser, ema, *optimizers = parts.values()
-    return [loss.item() for _, loss, _ in lesson3.train(denoiser, ema, optimizers, batches, total)]
-
-
 RUN = ("TimeUNet", "small", 1.0, 8, 0, "noise", 8, ("a", "b"), (8, 8), 0.5)
 
 
@@ -219,16 +161,13 @@ def write_checkpoint(lesson3, path, parts):
     lesson3.save_checkpoint(path, content | {name: part.state_dict() for name, part in parts.items()})
 
 
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(lesson3, tmp_path):
-    whole, first, second = (make_parts(lesson3) for _ in range(3))
-    losses = tiny_training(lesson3, whole, range(30))
-    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])  # and it learns
-    before = tiny_training(lesson3, first, range(11))
-    write_checkpoint(lesson3, tmp_path / "c.pt", first)
-    lesson3.restore(lesson3.load_checkpoint(tmp_path / "c.pt"), tmp_path / "c.pt", **second)
-    np.testing.assert_allclose(before + tiny_training(lesson3, second, range(11, 30)), losses, rtol=1e-6)
-    for name in ("denoiser", "ema"):
-        torch.testing.assert_close(second[name].state_dict(), whole[name].state_dict(), rtol=1e-5, atol=1e-7)
+def test_training_learns(lesson3):
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    images[1, :, 2:6, 2:6] = 200
+    batches = (batch[:-1] for batch in lesson3.draw_batches(images, torch.zeros(2), 16, 0, range(30)))
+    denoiser, ema, *optimizers = make_parts(lesson3).values()
+    losses = [loss.item() for _, loss, _ in lesson3.train(denoiser, ema, optimizers, batches, 30)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_a_step_follows_the_mean_of_the_losses(lesson3):
@@ -240,14 +179,7 @@ def test_a_step_follows_the_mean_of_the_losses(lesson3):
     losses.mean().backward()
     torch.testing.assert_close(loss, losses.mean())
     torch.testing.assert_close(norm, torch.stack([p.grad.norm() for p in twin.parameters()]).norm())
-
-
-def test_a_gradient_that_is_not_finite_is_seen_in_its_norm(lesson3):
-    denoiser, ema, *optimizers = make_parts(lesson3).values()
-    for value, finite in ((0.0, True), (math.nan, False)):
-        batch = 0, torch.full((2, 1, 8, 8), value), torch.ones(2), noisy(2, 1, 8, 8)
-        ((_, _, norm),) = lesson3.train(denoiser, ema, optimizers, [batch], 1)
-        assert norm.isfinite() == finite
+    torch.testing.assert_close(ema.state_dict(), denoiser.state_dict())  # the first weights are taken as they are
 
 
 def newton_schulz(x):
@@ -394,11 +326,9 @@ def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkey
     denoiser, of_run = lesson3.load_trained(path, model, device)
     assert of_run == run
     torch.testing.assert_close(denoiser.state_dict(), ema.state_dict(), rtol=0, atol=0)
+    assert not denoiser.training and not any(parameter.requires_grad for parameter in denoiser.parameters())
     with pytest.raises(lesson3.UserError, match="network TimeUNet there, UntimedUNet here"):
         lesson3.load_trained(path, lesson3.Model(lesson3.UntimedUNet), device)
-    monkeypatch.setitem(lesson3.PRESETS, "small", tiny._replace(widths=(16, 16)))  # the code has changed since
-    with pytest.raises(lesson3.UserError, match="--restart"):
-        lesson3.load_trained(path, model, device)
 
 
 # Pictures
@@ -447,8 +377,6 @@ def test_layers_are_counted_right(lesson3):
     assert list(rows) == way_down + way_up
     assert sum(parameters for *_, parameters, _ in rows.values()) == sum(p.numel() for p in network.parameters())
     assert rows["conv_in"] == (8, 8, 8, 8 * 9 + 8, 9 * 8 * 64)
-    assert rows["downsample.0"] == (8, 4, 4, 8 * 8 * 9 + 8, 8 * 8 * 9 * 16)
-    assert rows["down.1.0"][-1] == (8 * 16 * 9 + 16 * 16 * 9 + 8 * 16) * 16  # two convolutions and the shortcut
     with FlopCounterMode(display=False) as counter:
         network(x)
     assert sum(operations for *_, operations in rows.values()) == counter.get_total_flops() // 2

@@ -28,19 +28,23 @@ FILES = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.p
 
 @pytest.fixture
 def run_untouched(lesson3, monkeypatch, capsys):
-    """run_untouched(lesson, arguments) -> exit status, output, errors: its main, in this process."""
+    """run_untouched(lesson, arguments, status=0) -> output, errors: its main, in this process, ends with that status
+    (None: 0 or 2). Where it is 2, one line that begins with the script's name says why."""
     monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
     for name, value in lesson3.DATA.items():
         monkeypatch.setitem(lesson3.DATA, name, value)  # is as it was when the test is over
 
-    def run(lesson, *arguments):
+    def run(lesson, *arguments, status=0):
         monkeypatch.setattr(sys, "argv", [lesson.__file__, *map(str, arguments)])
-        status = 0
+        ended = 0
         try:
             lesson.main()
         except SystemExit as stopped:
-            status = stopped.code or 0
-        return status, *capsys.readouterr()
+            ended = stopped.code or 0
+        output, errors = capsys.readouterr()
+        assert ended in ((0, 2) if status is None else (status,)), errors
+        assert ended != 2 or errors.splitlines()[-1].startswith(f"{Path(lesson.__file__).name}: ")
+        return output, errors
 
     return run
 
@@ -80,8 +84,6 @@ def interrupt_at(lesson3, monkeypatch, at, number=signal.SIGINT):
 
 
 # A run from its beginning to its end
-
-
 def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
     """As scripts, with the preset as it is, from a folder that isn't the project's; and neither disturbs the other."""
     command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.004", "--out", "out"]
@@ -109,7 +111,7 @@ def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
 def test_a_run_is_told_labels_and_sometimes_that_there_is_none(lesson3, lesson4, run, tmp_path, monkeypatch):
     told, loss = [], lesson3.denoising_loss
     monkeypatch.setattr(lesson3, "denoising_loss", lambda *parts: told.append(parts[4]) or loss(*parts))
-    assert run(lesson4, *TINY, "--n", "1", "--out", tmp_path)[0] == 0
+    run(lesson4, *TINY, "--n", "1", "--out", tmp_path)
     counts = torch.cat(told).bincount(minlength=11)
     assert (len(counts), counts.sum()) == (11, 12 * 10)
     assert 0.02 < counts[10] / counts.sum() < 0.25
@@ -118,21 +120,20 @@ def test_a_run_is_told_labels_and_sometimes_that_there_is_none(lesson3, lesson4,
 
 def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
     options = [*TINY, "--out", tmp_path]
-    assert run(lesson4, *options)[0] == 0
+    run(lesson4, *options)
     before, images = (tmp_path / "checkpoint.pt").read_bytes(), np.load(tmp_path / "samples.npy")
-    status, output, _ = run(lesson4, *options)
-    assert status == 0
+    output, _ = run(lesson4, *options)
     assert "finished in an earlier run" in output
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), images)
 
     sheets = []
     for name, n in (("Ankle boot", 4), ("9", 6)):  # more images change none
-        assert run(lesson4, "--sample-only", "--class", name, "--n", n, "--steps", 2, "--out", tmp_path)[0] == 0
+        run(lesson4, "--sample-only", "--class", name, "--n", n, "--steps", 2, "--out", tmp_path)
         sheets.append(np.load(tmp_path / "samples.npy"))
     assert sheets[0].shape == (4, 1, 28, 28)
     np.testing.assert_allclose(sheets[1][:4], sheets[0], atol=1e-3)
     np.testing.assert_allclose(sheets[0][:2], images[-2:], atol=1e-3)
-    assert run(lesson4, "--sample-only", "--seed", 1, *TINY[-6:], "--out", tmp_path)[0] == 0
+    run(lesson4, "--sample-only", "--seed", 1, *TINY[-6:], "--out", tmp_path)
     assert np.abs(np.load(tmp_path / "samples.npy") - images).max() > 0.1
 
     for lesson, asked, complaint in (
@@ -141,14 +142,13 @@ def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
         (lesson4, ["--epochs", "0.01", "--sample-only"], "epochs 0.012 there, 0.01 here"),
         (lesson3, TINY, "network CondUNet there, TimeUNet here"),
     ):
-        status, _, errors = run(lesson, *asked, "--out", tmp_path)
-        assert status == 2
+        _, errors = run(lesson, *asked, "--out", tmp_path, status=2)
         (line,) = errors.splitlines()
         assert complaint in line
         assert "--restart" in line
         assert (tmp_path / "checkpoint.pt").read_bytes() == before
     losses = read(tmp_path)["losses"]
-    assert run(lesson4, *TINY, "--seed", "7", "--restart", "--out", tmp_path)[0] == 0
+    run(lesson4, *TINY, "--seed", "7", "--restart", "--out", tmp_path)
     assert not torch.equal(read(tmp_path)["losses"], losses)
 
 
@@ -156,22 +156,19 @@ def test_show_draws_the_lesson_and_does_not_train(lesson4, run, tmp_path, monkey
     """On images that are not square, of classes without names, with the network that was trained on them."""
     folder, out = write_symbols(tmp_path / "symbols", 18, 30), tmp_path / "out"
     options = [*TINY[2:], "--epochs", "1", "--data-dir", folder, "--out", out]
-    status, output, _ = run(lesson4, *options)
-    assert status == 0
+    output, _ = run(lesson4, *options)
     assert "symbols: 40 images, 18 × 30, 3 classes" in output
     assert np.load(out / "samples.npy").shape == (6, 1, 18, 30)
     before = (out / "checkpoint.pt").stat().st_mtime_ns
     for name, value in lesson4.TRAINED.items():
         monkeypatch.setitem(lesson4.TRAINED, name, value)
     lesson4.load.cache_clear()
-    status, output, _ = run(lesson4, "--show", "--device", "cpu", "--out", out)
+    output, _ = run(lesson4, "--show", "--device", "cpu", "--out", out)
     lesson4.load.cache_clear()
-    assert status == 0
     assert "symbols, CondUNet, small, 1 epoch, after 4 of 4 steps" in output
     assert [path.name[:2] for path in sorted((out / "lesson").iterdir())] == [f"0{i}" for i in range(1, 8)]
     assert (out / "checkpoint.pt").stat().st_mtime_ns == before
-    status, _, errors = run(lesson4, *options, "--class", "3")
-    assert status == 2
+    _, errors = run(lesson4, *options, "--class", "3", status=2)
     assert "must be one of 0, 1, 2" in errors
 
 
@@ -185,8 +182,8 @@ def test_show_of_lesson_3_on_few_pictures(lesson3, run, tmp_path, monkeypatch):
     levels = lesson3.noise_levels
     monkeypatch.setattr(lesson3, "noise_levels", lambda steps=lesson3.STEPS: levels(min(steps, 20)))
     folder = write_pictures(tmp_path / "squares", 3, 20)  # six of them are held out
-    status, output, errors = run(lesson3, "--show", "--data-dir", folder, "--out", tmp_path)
-    assert status == 0, errors
+    output, _ = run(lesson3, "--show", "--data-dir", folder, "--out", tmp_path)
+    assert lesson3.load_garments("train", 1)[1] == "squares"
     drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "09_training", "10_muon", "11_sampling"]
     pictures = sorted((tmp_path / "lesson").iterdir())
     assert [path.stem for path in pictures] == [*drawn, "12_few_steps"]
@@ -195,8 +192,7 @@ def test_show_of_lesson_3_on_few_pictures(lesson3, run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [["--no-time"], ["--preset", "lecture"]])
 def test_without_time_and_the_other_preset(lesson3, run, tmp_path, options):
-    status, output, _ = run(lesson3, *TINY, *options, "--epochs", "0.002", "--out", tmp_path)
-    assert status == 0
+    output, _ = run(lesson3, *TINY, *options, "--epochs", "0.002", "--out", tmp_path)
     assert ("network   UntimedUNet," if options == ["--no-time"] else "preset lecture") in output
     assert np.load(tmp_path / "samples.npy").shape == (2, 1, 28, 28)  # the lecture's at 32 × 32, cropped
 
@@ -215,8 +211,7 @@ def write_symbols(folder, height, width):
 def test_ones_own_pictures(lesson4, run, tmp_path, n_classes, each):
     folder = write_pictures(tmp_path / "squares", n_classes, each)
     options = ["--epochs", 20 / (n_classes * each), "--data-dir", folder, "--out", tmp_path / "out"]
-    status, output, _ = run(lesson4, *TINY[2:], *options, "--class", "class 0")
-    assert status == 0
+    output, _ = run(lesson4, *TINY[2:], *options, "--class", "class 0")
     assert f"squares: {max(1, n_classes * (each - 1))} images, 28 × 28, {n_classes} classes" in output
     assert np.load(tmp_path / "out" / "samples.npy").shape == (2, 1, 28, 28)
 
@@ -225,20 +220,8 @@ def test_images_that_are_all_one_grey_are_refused(lesson4, run, tmp_path):
     path = tmp_path / "grey" / "one class" / "0.png"
     path.parent.mkdir(parents=True)
     Image.fromarray(np.full((28, 28), 128, np.uint8)).save(path)
-    status, _, errors = run(lesson4, *TINY[2:], "--data-dir", tmp_path / "grey", "--out", tmp_path / "out")
-    assert status == 2
+    _, errors = run(lesson4, *TINY[2:], "--data-dir", tmp_path / "grey", "--out", tmp_path / "out", status=2)
     assert "grey: all images are one and the same grey" in errors.splitlines()[-1]
-
-
-def test_the_real_files(lesson4, run, tmp_path):
-    folder = os.environ.get("FASHION_MNIST_DIR")  # the fixture took it out
-    folder = folder or next((path for path in (ROOT.parent / "shared" / "fashion-mnist",) if path.is_dir()), None)
-    if not folder:
-        pytest.skip("FASHION_MNIST_DIR is not set")
-    status, output, _ = run(lesson4, *TINY[2:], "--epochs", "0.0005", "--data-dir", folder, "--out", tmp_path)
-    assert status == 0
-    assert "Fashion-MNIST: 60,000 images, 28 × 28, 10 classes" in output
-    assert np.load(tmp_path / "samples.npy").shape == (20, 1, 28, 28)
 
 
 def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tmp_path):
@@ -247,7 +230,7 @@ def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tm
     assert weights.stat().st_size < 6e6
     assert {weight.dtype for weight in torch.load(weights, weights_only=True)["ema"].values()} == {torch.float16}
     arguments = ["--pretrained", "--class", "Ankle boot", "--n", "3", "--device", "cpu", "--out", tmp_path]
-    assert run_untouched(lesson4, *arguments)[0] == 0
+    run_untouched(lesson4, *arguments)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["denoising.png", "samples.npy", "samples.png"]
     boots = np.load(tmp_path / "samples.npy")
     assert boots.shape == (3, 1, 28, 28)
@@ -265,31 +248,27 @@ def test_pretrained_has_its_own_folder_and_guidance(lesson3, lesson4, run, tmp_p
     monkeypatch.setattr(lesson4, "__file__", str(tmp_path / "04_unet_cond.py"))
     monkeypatch.setattr(lesson3, "get_denoiser", refuse)
     folder = tmp_path / "runs" / "pretrained"
-    assert f"from {lesson4.PRETRAINED} to {folder}" in run(lesson4, "--pretrained")[2]
+    assert f"from {lesson4.PRETRAINED} to {folder}" in run(lesson4, "--pretrained", status=2)[1]
     assert folder.is_dir()
-    assert f"to {tmp_path}\n" in run(lesson4, "--pretrained", "--out", tmp_path)[2]
+    assert f"to {tmp_path}\n" in run(lesson4, "--pretrained", "--out", tmp_path, status=2)[1]
     many, few = (lesson4.choose_guidance(epochs * 60_000) for epochs in (24, 3))
     assert many == lesson4.GUIDANCE_LATER < lesson4.GUIDANCE == few
 
 
 # What is interrupted goes on as if nothing had happened
-
-
 @pytest.mark.parametrize(("at", "number"), [(3, signal.SIGTERM), (11, signal.SIGINT)])
 def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp_path, monkeypatch, at, number):
     whole, parts, before = tmp_path / "whole", tmp_path / "parts", signal.getsignal(signal.SIGINT)
-    assert run(lesson4, *TINY, "--out", whole)[0] == 0
+    run(lesson4, *TINY, "--out", whole)
     with monkeypatch.context() as patch:
         interrupt_at(lesson3, patch, at, number)
-        status, output, _ = run(lesson4, *TINY, "--restart", "--out", parts)
-    assert status == 130
+        output, _ = run(lesson4, *TINY, "--restart", "--out", parts, status=130)
     assert f"stopped after step {at + 1} of 12" in output
     assert output.splitlines()[-1].startswith("python ")
     assert "--restart" not in output.splitlines()[-1]
     assert sorted(path.name for path in parts.iterdir()) == ["checkpoint.pt", "loss.png"][: 1 + (at == 11)]
     assert signal.getsignal(signal.SIGINT) is before
-    status, output, _ = run(lesson4, *TINY, "--out", parts)
-    assert status == 0
+    output, _ = run(lesson4, *TINY, "--out", parts)
     assert ("finished" if at == 11 else f"from step {at + 1}") in output
     assert_same(read(parts), read(whole))
     assert sorted(path.name for path in parts.iterdir()) == FILES
@@ -300,8 +279,7 @@ def test_a_second_ctrl_c_stops_at_once(lesson3, lesson4, run, tmp_path, monkeypa
     handler = signal.getsignal(signal.SIGINT)
     for _ in range(2):
         interrupt_at(lesson3, monkeypatch, 3)
-    status, _, errors = run(lesson4, *TINY, "--out", tmp_path)
-    assert status == 130
+    _, errors = run(lesson4, *TINY, "--out", tmp_path, status=130)
     assert errors.splitlines()[-1] == "04_unet_cond.py: interrupted"
     assert signal.getsignal(signal.SIGINT) is handler
     assert not list(tmp_path.iterdir())
@@ -325,12 +303,11 @@ def test_a_process_that_is_killed(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt_at(lesson3, patch, 4)
-        assert run(lesson4, *TINY, "--out", tmp_path)[0] == 130
+        run(lesson4, *TINY, "--out", tmp_path, status=130)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     denoising_loss, handler = lesson3.denoising_loss, signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(lesson3, "denoising_loss", lambda *batch: denoising_loss(*batch) * torch.inf)
-    status, _, errors = run(lesson4, *TINY, "--out", tmp_path)
-    assert status == 2
+    _, errors = run(lesson4, *TINY, "--out", tmp_path, status=2)
     assert "not finite any more at step 6: try" in errors.splitlines()[-1]
     assert signal.getsignal(signal.SIGINT) is handler
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
@@ -344,34 +321,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path
 def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monkeypatch, room, named, left):
     with monkeypatch.context() as patch:
         interrupt_at(lesson3, patch, 4)
-        assert run(lesson4, *TINY, "--out", tmp_path)[0] == 130
+        run(lesson4, *TINY, "--out", tmp_path, status=130)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # of each file that is written
     try:
-        status, _, errors = run(lesson4, *TINY, "--out", tmp_path, "--n", "40")
+        _, errors = run(lesson4, *TINY, "--out", tmp_path, "--n", "40", status=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert status == 2
     assert errors.splitlines()[-1].endswith(f"{tmp_path / named}: can't be written (File too large)")
     assert sorted(path.name for path in tmp_path.iterdir()) == left
     assert ((tmp_path / "checkpoint.pt").read_bytes() == before) == (named == "checkpoint.pt")
-    assert run(lesson4, *TINY, "--out", tmp_path)[0] == 0
+    run(lesson4, *TINY, "--out", tmp_path)
 
 
 # What is typed wrong
-
-
 @pytest.mark.parametrize(
     ("arguments", "accepted"),
     [
         (["--epochs", "0"], "must be from 1e-09"),
-        (["--epochs", "many"], "--epochs: invalid number value: 'many'"),
         (["--epochs", "nan"], "must be from"),
-        (["--epochs", "inf"], "must be from"),
         (["--batch-size", "0"], "must be from 1 to"),
-        (["--batch-size", "2.5"], "invalid number value"),
-        (["--n", "-3"], "must be from 1"),
         (["--steps", "0"], "must be from 1"),
         (["--seed", "-1"], "must be from 0"),
         (["--seed", str(2**70)], "must be from 0 to"),
@@ -381,7 +351,6 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--preset", "huge"], "lecture"),
         (["--device", "abacus"], "cpu"),
         (["--class", "Hat", "--data", "garments"], "Ankle boot"),
-        (["--no-such-option"], "unrecognized"),
         (["--rest"], "unrecognized"),
         (["--out", __file__], "must be a folder that can be written to"),
         (["--data", "garments", "--data-dir", "."], "leave --data-dir out"),
@@ -392,9 +361,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
     ],
 )
 def test_a_bad_value_is_said_in_one_line(lesson4, run, arguments, accepted, tmp_path):
-    status, _, errors = run(lesson4, *([] if "--out" in arguments else ["--out", tmp_path]), *arguments)
-    assert status == 2
-    assert "Traceback" not in errors
+    _, errors = run(lesson4, *([] if "--out" in arguments else ["--out", tmp_path]), *arguments, status=2)
     assert accepted in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
@@ -403,30 +370,17 @@ WORDS = st.sampled_from(["", "0", "-1", "3", "nan", "1e9", "9" * 30, "½", "x y"
 WORDS |= st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))  # no control characters, no ends of lines
 
 
-def option(name, *good):
-    """An option with one of the good values, or with any other that no run takes long with."""
-    return st.tuples(st.just(name), st.sampled_from(good) | st.sampled_from(good) | WORDS)
-
-
-COMMAND_LINE = st.lists(
-    st.one_of(
-        option("--data", "auto", "garments", "fashion-mnist"),
-        option("--data-dir", "symbols", "squares", "."),
-        option("--preset", "small", "lecture"),
-        st.tuples(st.just("--epochs"), st.sampled_from(["1e-9", "0.0003", "0", "-1", "nan", "1e9", "many", ""])),
-        option("--batch-size", "2", "7", "50"),
-        option("--seed", "0", "1", str(2**63)),
-        option("--device", "auto", "cpu", "cuda", "mps"),
-        option("--n", "1", "3"),
-        option("--steps", "1", "2"),
-        option("--class", "Bag", "2", "class 1"),
-        option("--guidance", "0", "0.5", "100"),
-        option("--out", "one", "other", "symbols"),
-        st.sampled_from([("--restart",), ("--sample-only",), ("--pretrained",), ("--no-time",)]),
-        st.tuples(WORDS),
-    ),
-    max_size=4,
-).map(lambda options: [word for option in options for word in option])
+GOOD = {"--data": "auto|garments|fashion-mnist", "--data-dir": "symbols|squares|.", "--preset": "small|lecture"}
+GOOD |= {"--batch-size": "2|7|50", "--seed": f"0|1|{2**63}", "--device": "auto|cpu|cuda|mps", "--n": "1|3"}
+GOOD |= {"--steps": "1|2", "--class": "Bag|2|class 1", "--guidance": "0|0.5|100", "--out": "one|other|symbols"}
+OPTIONS = [  # two of three values are good
+    st.tuples(st.just(name), st.sampled_from(good.split("|")) | st.sampled_from(good.split("|")) | WORDS)
+    for name, good in GOOD.items()
+]
+# other numbers of epochs may take long
+OPTIONS += [st.tuples(st.just("--epochs"), st.sampled_from(["1e-9", "0.0003", "0", "-1", "nan", "1e9", "many", ""]))]
+OPTIONS += [st.tuples(st.sampled_from(["--restart", "--sample-only", "--pretrained", "--no-time"])), st.tuples(WORDS)]
+COMMAND_LINE = st.lists(st.one_of(OPTIONS), max_size=4).map(lambda each: [word for option in each for word in option])
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
@@ -443,22 +397,8 @@ def test_any_command_line_is_run_or_refused(lesson3, lesson4, run, tmp_path_fact
     brief = ["--epochs", "0.0003", "--batch-size", "10", "--steps", "1", "--n", "1", "--out", "one"]
     for which, arguments in lines:
         lesson = (lesson3, lesson4)[which]
-        status, _, errors = run(lesson, *brief, *arguments)
-        assert status in (0, 2)
-        assert status == 0 or errors.splitlines()[-1].startswith(f"{Path(lesson.__file__).name}: ")
+        run(lesson, *brief, *arguments, status=None)
     assert not list(folder.glob("**/*.part"))
-
-
-def test_a_damaged_checkpoint_is_one_line_and_can_be_replaced(lesson4, run, tmp_path):
-    options = [*TINY, "--epochs", "0.002", "--out", tmp_path]
-    assert run(lesson4, *options)[0] == 0
-    whole = (tmp_path / "checkpoint.pt").read_bytes()
-    for content in (b"", b"not a checkpoint", whole[: len(whole) // 2], whole[:-100]):
-        (tmp_path / "checkpoint.pt").write_bytes(content)
-        status, _, errors = run(lesson4, *options)
-        assert status == 2
-        assert "--restart replaces it" in errors.splitlines()[-1]
-    assert run(lesson4, *options, "--restart")[0] == 0
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("0*.py")), ids=lambda script: script.name)

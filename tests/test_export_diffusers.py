@@ -50,22 +50,6 @@ def test_the_export_computes_the_same(lesson3, export, compare, name, preset, si
     assert tuple(unet.config.sample_size) == (side, side)
 
 
-def test_a_change_of_any_parameter_is_noticed(lesson3, export, monkeypatch):
-    """In a narrow network, because there are hundreds of them to change."""
-    narrow = lesson3.PRESETS["lecture"]._replace(widths=(8, 16, 24), attention_levels=(0, 2), head_dim=4)
-    monkeypatch.setitem(lesson3.PRESETS, "narrow", narrow)
-    denoiser, unet = export("CondUNet", "narrow")
-    inputs = make_inputs(lesson3, denoiser, n=1)
-    expected = denoiser.network(*inputs)
-    for name, parameter in unet.named_parameters():
-        kept = parameter.clone()
-        parameter += torch.randn_like(parameter) * kept.square().mean().sqrt()
-        difference = (unet(*inputs).sample - expected).abs().max().item()
-        silent = name.endswith("to_k.bias")  # adds the same to all scores of a query, which a softmax doesn't notice
-        assert difference < TOLERANCE if silent else difference > 3 * TOLERANCE, name
-        parameter.copy_(kept)
-
-
 def test_a_trained_network_is_exported_by_one_command(lesson4, tmp_path):
     command = [sys.executable, COMMAND, lesson4.PRETRAINED, "some/export"]
     result = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The drawn garments are what `data` promises: reproducible, balanced, distinct, and each class what it is called."""
+"""The drawn garments are what `data` promises: reproducible, balanced, and what they have always been."""
 
 import functools
 
@@ -18,16 +18,6 @@ def of_class(label):
     """The test pictures (200, 28, 28) of one class."""
     images, labels = drawn("test")
     return images[labels == label].astype(float)
-
-
-def lit(label):
-    """Where they are not background, bool."""
-    return of_class(label) > 20
-
-
-def vectors(images):
-    """(n, 784), 0 to 1."""
-    return images.reshape(len(images), -1) / 255
 
 
 @pytest.mark.parametrize(("split", "n"), [("train", 10_000), ("test", 2_000)])
@@ -80,83 +70,13 @@ def test_the_pictures_are_what_they_were():
     np.testing.assert_allclose(looks, LOOKS, rtol=0, atol=0.02)  # rounding moves few pixels by one level
 
 
-def test_no_two_pictures_are_alike():
-    """And a test picture's nearest training picture is no copy of it with a little noise."""
-    images = np.concatenate([drawn("train")[0], drawn("test")[0]])
-    assert len({image.tobytes() for image in images}) == len(images) == 12_000
-    train, test = vectors(images[:10_000:2]), vectors(images[10_000:10_200])
-    squared = (train**2).sum(1) - 2 * test @ train.T + (test**2).sum(1)[:, None]
-    assert np.sqrt(squared.min(axis=1)).min() > 0.5
-
-
-def test_least_squares_tells_the_classes_apart():
-    train, test = (np.c_[vectors(drawn(split)[0]), np.ones(len(drawn(split)[0]))] for split in ("train", "test"))
-    weights = np.linalg.lstsq(train, np.eye(10)[drawn("train")[1]], rcond=None)[0]
-    right = ((test @ weights).argmax(axis=1) == drawn("test")[1]).astype(float)
-    assert (np.bincount(drawn("test")[1], right) > 0.9 * 200).all()
-
-
-@pytest.mark.parametrize("label", range(10))
-def test_pictures_of_a_class_differ(label):
-    images = of_class(label)
-    distance = np.linalg.norm(vectors(images)[:100, None] - vectors(images)[None, 100:], axis=-1)
-    assert distance.mean() > 4 and distance.min() > 1  # an all-white picture has norm 28
-    size = lit(label).sum(axis=(1, 2))
-    brightness = images.sum(axis=(1, 2)) / size
-    assert size.std() > 0.06 * size.mean()
-    assert brightness.std() > 0.12 * brightness.mean()
-
-
-# Each class is what it is called: its shape, in pixels lit or not.
-def test_sleeves_are_long_or_short():
-    for label, long in ((0, 0), (2, 1), (4, 1)):
-        sleeves = lit(label)[:, 16:19, [4, 5, 22, 23]].any(axis=(1, 2))
-        assert np.mean(sleeves == long) > 0.9, label
-
-
-def test_trousers_have_two_legs():
-    legs = lit(1)[:, 16]
-    assert np.mean(~legs[:, 13:15].all(axis=1) & legs[:, :13].any(axis=1) & legs[:, 15:].any(axis=1)) > 0.9
-
-
-def test_dresses_are_narrow_at_the_waist_and_wide_below():
-    dresses = lit(3)
-    waist = dresses[:, 10:13, 8:20].sum(axis=2).min(axis=1)
-    assert np.mean(waist < dresses[:, 23].sum(axis=1)) > 0.9
-    assert dresses[:, :, [0, 1, -2, -1]].mean() < 0.02
-
-
-def test_coats_open_in_front_and_shirts_have_buttons():
-    front = {label: of_class(label)[:, 16:24, 10:19] for label in (2, 4, 6)}
-    dark = {label: strip[:, :, 3:6].min(axis=2) < 0.8 * np.median(strip, axis=2) for label, strip in front.items()}
-    assert np.mean(dark[4].all(axis=1)) > 0.5  # a line (in a checked coat not everywhere)
-    assert np.mean(dark[6].any(axis=1) & ~dark[6].all(axis=1)) > 0.8  # dots
-    assert np.mean(dark[2].all(axis=1)) < 0.05
-
-
-def test_toes_point_left_sneakers_are_low_and_boots_are_high():
+# What those numbers can't see: which way a picture looks.
+def test_toes_point_left_and_sneakers_are_low():
     for label in (5, 7, 9):
-        left, right = (lit(label)[:, :, columns].sum(axis=(1, 2)) for columns in (slice(2, 9), slice(19, 26)))
+        lit = of_class(label) > 20
+        left, right = (lit[:, :, columns].sum(axis=(1, 2)) for columns in (slice(2, 9), slice(19, 26)))
         assert np.mean(left < right) > 0.75, label
-    assert not lit(7)[:, :7].any()
-    assert np.mean(lit(9)[:, :10].any(axis=(1, 2))) > 0.95
-
-
-def enclosed(pictures):
-    """How many dark pixels of each picture (n, 28, 28) cannot be reached from outside."""
-    dark = np.pad(~pictures, ((0, 0), (1, 1), (1, 1)), constant_values=True)
-    reached = np.ones_like(dark)
-    reached[:, 1:-1, 1:-1] = False
-    for _ in range(60):  # steps: further than any way around a garment
-        for axis in (1, 2):
-            reached |= dark & (np.roll(reached, 1, axis) | np.roll(reached, -1, axis))
-    return (dark & ~reached).sum(axis=(1, 2))
-
-
-def test_handles_and_straps_can_be_seen_through():
-    assert np.mean(enclosed(lit(8)) >= 4) > 0.95
-    assert np.mean(enclosed(lit(5)) >= 2) > 0.8
-    assert np.mean(enclosed(lit(7)) == 0) > 0.95
+    assert not (of_class(7)[:, :7] > 20).any()
 
 
 # The painter's one difficult function.

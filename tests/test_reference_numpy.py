@@ -38,11 +38,6 @@ def normal(*shape):
     return torch.randn(shape, dtype=torch.float64)
 
 
-def assert_apart(result, expected, tolerance):
-    """What the test would have noticed: differences far beyond what it allows."""
-    assert np.abs(numbers(result)[0] - expected).max() > 10 * tolerance
-
-
 def test_no_torch_is_loaded():
     code = """
 import sys
@@ -52,30 +47,6 @@ wrong = {name for name in loaded if name[0].isdigit() or name in ("torch", "eino
 assert not wrong, wrong
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-
-
-# Layers
-@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-def test_layers(compare, dtype, tolerance):
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        channels, out, rows, columns, stride = rng.integers(1, 5, 5).tolist()
-        padding, n, *size = rng.integers((0, 1, *[max(rows, columns)] * 2), (3, 4, 10, 10)).tolist()
-        sizes = (n, channels, *size), (out, channels, rows, columns), (out,)
-        x, weight, bias = (torch.randn(size, dtype=dtype) for size in sizes)
-        expected = reference.convolution(*numbers(x, weight, bias), stride, padding)
-        compare("convolution", F.conv2d(x, weight, bias, stride, padding), expected, tolerance)
-
-    for groups, shape in ((1, (1, 1, 2, 3)), (1, (3, 6, 4, 1)), (3, (2, 6, 3, 5)), (4, (3, 4, 2, 2))):
-        weight, bias = torch.randn(2, shape[1], dtype=dtype)
-        x = 3 * torch.randn(shape, dtype=dtype) + 2
-        expected = reference.group_norm(numbers(x)[0], groups, *numbers(weight, bias))
-        compare("group norm", F.group_norm(x, groups, weight, bias), expected, tolerance)
-
-    x, weight, bias = (torch.randn(size, dtype=dtype) for size in ((5, 7), (3, 7), (3,)))
-    compare("linear", F.linear(x, weight, bias), reference.linear(*numbers(x, weight, bias)), tolerance)
-    x = torch.cat([x.flatten(), torch.tensor([0.0, 30.0, -30.0, -500.0], dtype=dtype)])
-    compare("SiLU", F.silu(x), reference.silu(*numbers(x)), tolerance)
 
 
 def test_pixels_only_move():
@@ -89,27 +60,6 @@ def test_pixels_only_move():
 
 # Networks
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
-@pytest.mark.parametrize("in_channels, out_channels, groups", [(4, 4, 2), (6, 12, 3), (8, 2, 1)])
-def test_residual_blocks(lesson3, lesson4, redraw, compare, in_channels, out_channels, groups, dtype, tolerance):
-    x, embedding = torch.randn(3, in_channels, 5, 4, dtype=dtype), torch.randn(3, 7, dtype=dtype)
-    block = redraw(lesson3.ResBlock(in_channels, out_channels, groups).to(dtype))
-    expected = reference.residual_block(numbers(x)[0], None, arrays(block), groups)
-    compare("residual block", block(x), expected, tolerance)
-
-    block = redraw(lesson4.AttentionResBlock(in_channels, out_channels, groups, 7).to(dtype))
-    expected = reference.residual_block(*numbers(x, embedding), arrays(block), groups)
-    compare("residual block with scale and shift", block(x, embedding), expected, tolerance)
-    for change in torch.eye(7, dtype=dtype):
-        assert_apart(block(x, embedding + change), expected, tolerance)
-
-    block.add_attention(head_dim=out_channels // 2)
-    parameters, inputs = arrays(redraw(block.to(dtype))), numbers(x, embedding)
-    expected = reference.unet.block(*inputs, parameters, groups, head_dim=out_channels // 2)
-    compare("residual block with attention", block(x, embedding), expected, tolerance)
-    assert_apart(block(x, embedding), reference.residual_block(*inputs, parameters, groups), tolerance)
-
-
-@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 @pytest.mark.parametrize("arguments, shape", NETWORKS, ids=str)
 def test_networks(lesson3, lesson4, redraw, compare, arguments, shape, dtype, tolerance):
     *sizes, groups, _, head_dim, n_classes = arguments
@@ -119,7 +69,6 @@ def test_networks(lesson3, lesson4, redraw, compare, arguments, shape, dtype, to
         network = redraw(network_class(*sizes, groups).to(dtype))
         expected = reference.cond_unet(*numbers(x, time), None, arrays(network), groups)
         compare(network_class.__name__, network(x, time), expected, tolerance)
-    assert_apart(network(x, time + 1), expected, tolerance)
 
     network = redraw(lesson4.CondUNet(*arguments).to(dtype))
     label = torch.randint(n_classes, (len(x),))
@@ -128,18 +77,6 @@ def test_networks(lesson3, lesson4, redraw, compare, arguments, shape, dtype, to
     expected, unlabelled = (reference.cond_unet(*numbers(x, time), told, **settings) for told in (label.numpy(), None))
     compare("CondUNet", network(x, time, label), expected, tolerance)
     compare("CondUNet without label", network(x, time), unlabelled, tolerance)
-    for told in ((time + 1, label), (time, (label + 1) % (n_classes + 1))):
-        for result, image in zip(network(x, *told), expected, strict=True):
-            assert_apart(result, image, tolerance)
-
-
-@pytest.mark.parametrize("name", ["small", "lecture"])
-def test_presets(lesson3, lesson4, redraw, compare, name):
-    preset = lesson3.PRESETS[name]
-    network, side = redraw(lesson4.MODEL.build(preset, 10).double()), 2 ** len(preset.widths)
-    x, time = normal(1, preset.patch**2, side, side), lesson3.TIME_SCALE * normal(1)
-    expected = reference.cond_unet(*numbers(x, time), None, arrays(network), preset.groups, preset.head_dim)
-    compare(f"preset {name}", network(x, time), expected, 1e-10)
 
 
 # From noise to images
@@ -160,8 +97,6 @@ def test_denoiser_and_loss(lesson3, lesson4, redraw, compare, patch, dtype, tole
     x = x0 + sigma.view(-1, 1, 1, 1) * noise
     expected = denoise(*numbers(x, sigma), label.numpy())
     compare("Denoiser", denoiser(x, sigma, label), expected, tolerance)
-    assert_apart(denoiser(x, 1.1 * sigma, label), expected, tolerance)
-    assert_apart(denoiser(x, sigma, label.flip(0)), expected, tolerance)
 
     expected = reference.denoising_loss(expected, *numbers(x0, sigma), denoiser.sigma_data)
     compare("loss", lesson3.denoising_loss(denoiser, x0, sigma, noise, label), expected, tolerance)
@@ -190,48 +125,28 @@ def test_eight_guided_steps_end_at_the_same_image(lesson3, lesson4, redraw, comp
     denoiser, denoise = both_sides(lesson3, lesson4, redraw, torch.float64, patch)
     noise, label = normal(3, 1, 8, 12), torch.tensor([2, 0, 3])
 
-    def follow(label, guidance, method="ddim"):
-        states = lesson3.sample(lesson4.guide(denoiser, label, guidance), noise, lesson3.noise_levels(8), method)
-        return torch.stack([x for _, x, _ in states])
-
     def denoise_guided(x, sigma):
         sigmas = np.full(3, sigma)
         with_label, without = denoise(x, sigmas, label.numpy()), denoise(x, sigmas, np.full(3, 4))
         return reference.guide(with_label, without, guidance if sigma <= 3 else 0)
 
     sigmas = reference.noise_levels(8, lesson3.SIGMA_MIN, lesson3.SIGMA_MAX)
-    expected = {method: np.stack(sample(denoise_guided, noise.numpy(), sigmas)) for method, sample in SAMPLERS.items()}
-    results = {method: follow(label, guidance, method) for method in SAMPLERS}
-    for method in SAMPLERS:  # all states: one more than steps
-        compare(f"eight guided steps, {method}", results[method], expected[method], 1e-8)
-    others = follow(torch.tensor([2, 1, 3]), guidance), follow(label, guidance + 0.01)
-    for other in (*others, results["dpm++"], results["heun"]):
-        assert_apart(other[-1], expected["ddim"][-1], 1e-8)
-    assert_apart(results["heun"][-1], expected["dpm++"][-1], 1e-8)
+    for method, sample in SAMPLERS.items():  # all states: one more than steps
+        states = lesson3.sample(lesson4.guide(denoiser, label, guidance), noise, lesson3.noise_levels(8), method)
+        expected = np.stack(sample(denoise_guided, noise.numpy(), sigmas))
+        compare(f"eight guided steps, {method}", torch.stack([x for _, x, _ in states]), expected, 1e-8)
 
 
-# Gradients
-def check_gradients(module, *inputs, fast=False):
+def test_gradients(lesson4, redraw):
     """Of the inputs and of every parameter, against differences of the outputs."""
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    floats = [x.requires_grad_(x.is_floating_point()) for x in inputs]
+    network = redraw(lesson4.CondUNet(1, (4, 8), 1, 2, [1], 4, 3).double())
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    x, time, label = normal(2, 1, 4, 6).requires_grad_(), (5 * normal(2)).requires_grad_(), torch.tensor([1, 3])
 
     def forward(*tensors):
-        inputs, parameters = tensors[: len(floats)], tensors[len(floats) :]
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), inputs)
+        return torch.func.functional_call(network, dict(zip(names, tensors[3:], strict=True)), tensors[:3])
 
-    assert torch.autograd.gradcheck(forward, (*floats, *parameters), fast_mode=fast)
-
-
-def test_gradients(lesson3, lesson4, redraw):
-    for out_channels in (2, 4):
-        x, embedding = normal(2, 2, 2, 3), normal(2, 3)
-        check_gradients(redraw(lesson3.ResBlock(2, out_channels, 2).double()), x)
-        block = lesson4.AttentionResBlock(2, out_channels, 2, 3)
-        block.add_attention(head_dim=2)
-        check_gradients(redraw(block.double()), x, embedding)
-    network = redraw(lesson4.CondUNet(1, (4, 8), 1, 2, [1], 4, 3).double())
-    check_gradients(network, normal(2, 1, 4, 6), 5 * normal(2), torch.tensor([1, 3]), fast=True)
+    assert torch.autograd.gradcheck(forward, (x, time, label, *parameters), fast_mode=True)
 
 
 @pytest.mark.parametrize("n, m, d, tolerance", [(50, 60, 4, 1e-10), (300, 200, 16, 1e-10), (6, 9, 12, 1e-6)])

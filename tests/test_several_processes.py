@@ -26,7 +26,7 @@ lesson4.main()
 
 def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, run, tmp_path, monkeypatch):  # noqa: F811
     one, many = tmp_path / "one", tmp_path / "many"
-    assert run(lesson4, *OPTIONS, "--out", one)[0] == 0
+    run(lesson4, *OPTIONS, "--out", one)
     with monkeypatch.context() as patch:
         train = lesson3.train
 
@@ -37,7 +37,7 @@ def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, ru
                 yield step, loss, norm
 
         patch.setattr(lesson3, "train", interrupted)
-        assert run(lesson4, *OPTIONS, "--out", many)[0] == 130
+        run(lesson4, *OPTIONS, "--out", many, status=130)
 
     (tmp_path / "driver.py").write_text(DRIVER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
@@ -56,8 +56,7 @@ def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, ru
 
 def test_a_batch_that_cannot_be_shared_is_refused(lesson3, lesson4, run, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(lesson3, "PROCESSES", 3)
-    status, _, errors = run(lesson4, *OPTIONS, "--out", tmp_path)
-    assert status == 2
+    _, errors = run(lesson4, *OPTIONS, "--out", tmp_path, status=2)
     assert "--batch-size 8: must be a multiple of 3" in errors
 
 
@@ -68,8 +67,7 @@ def test_processes_that_found_different_data_are_stopped(lesson3, lesson4, run, 
     monkeypatch.setattr(lesson3, "PROCESSES", 2)
     monkeypatch.setattr(lesson3.dist, "init_process_group", lambda: None)
     monkeypatch.setattr(lesson3.dist, "all_gather_object", gather)
-    status, _, errors = run(lesson4, *OPTIONS, "--out", tmp_path)
-    assert status == 2
+    _, errors = run(lesson4, *OPTIONS, "--out", tmp_path, status=2)
     assert "the processes found different data" in errors
     assert not list(tmp_path.iterdir())
 
@@ -78,6 +76,5 @@ def test_processes_that_found_different_data_are_stopped(lesson3, lesson4, run, 
 def test_the_first_process_alone_samples(lesson3, lesson4, run, tmp_path, monkeypatch, asked):  # noqa: F811
     monkeypatch.setattr(lesson3, "RANK", 1)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # which the other processes silence
-    status, output, errors = run(lesson4, *asked, "--out", tmp_path)
-    assert (status, output, errors) == (0, "", "")
+    assert run(lesson4, *asked, "--out", tmp_path) == ("", "")
     assert list(tmp_path.iterdir()) == []
