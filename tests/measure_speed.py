@@ -14,7 +14,6 @@ It takes about five minutes on two CPU cores, --growth less than three.
 import argparse
 import copy
 import functools
-import gc
 import importlib
 import os
 import platform
@@ -23,18 +22,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler is not to tell when it starts and stops
 
 import diffusers
 import torch
 from export_diffusers import make_unet
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -106,10 +101,6 @@ def start_training(competitor, device, batch_size, steps=1, muon=False):
     denoiser = competitor.make_denoiser(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizers = lesson3.make_optimizers(denoiser, 0.0) if muon else [lesson3.adamw(denoiser.parameters(), 0.0)]
-    for parameter in denoiser.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()  # what they keep of each parameter is there now, and its memory counts from the start
     images, labels = competitor.make_images(256, device)
 
     def batches():
@@ -147,10 +138,8 @@ def start_sampling(competitor, device, batch_size, steps, guidance, method="dpm+
 # is given the shapes of an operation's arguments.
 aten = torch.ops.aten
 FUSED = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *args, **_: sdpa_flop_count(*args[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *args, **_: sdpa_backward_flop_count(*args[:4]),
 }
 
 
@@ -160,24 +149,6 @@ def count_operations(run):
     with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         run()
     return counter.get_total_flops()
-
-
-def track_memory(work, device):
-    """What work() returns, and the most bytes that tensors made in it held at a time (None where nobody counts them).
-
-    This is what PyTorch's allocator gives out: on a CPU neither the program itself nor a kernel's own scratch space.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return work(), torch.cuda.max_memory_allocated() - before
-    if device.type != "cpu":
-        return work(), None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()
-    events = sorted(profiler.events(), key=lambda event: event.time_range.end)
-    return result, max(accumulate(event.self_cpu_memory_usage for event in events), default=0)
 
 
 def interleave(runs, rounds=3, seconds=0.0, clock=time.perf_counter):
@@ -261,8 +232,8 @@ def measure(tasks, device, batch_size, peaks, rounds, seconds):
         report(f"   {task.name}: starts")
         # what one more image takes is the same on every device; what a batch takes whatever its size is Muon's part
         one, two = (count_operations(functools.partial(prepare, task, torch.device("cpu"), n)) for n in (1, 2))
-        runs[task.name], memory = track_memory(functools.partial(prepare, task, device, batch_size), device)
-        rows.append({"name": task.name, "memory": memory, "operations": (two - one) / task.work})
+        runs[task.name] = prepare(task, device, batch_size)
+        rows.append({"name": task.name, "operations": (two - one) / task.work})
     report("   all in turn")
     taken = interleave(runs, rounds, seconds)
     rates = {task.name: [batch_size * task.work / each for each in taken[task.name]] for task in tasks}
@@ -281,13 +252,11 @@ def report(text):
 
 
 def print_rows(rows):
-    print(f"{'':44}images/s{'times the first':>25}{'times diffusers, same':>25}   peak MB   GFLOP/image", end="")
-    print("   of peak   optimiser")
+    print(f"{'':44}images/s{'times the first':>25}{'times diffusers, same':>25}   GFLOP/image   of peak   optimiser")
     for row in rows:
         print(f"   {row['name']:41}{row['rate']:8.2f}", end="")
         for ratio in (row["times_first"], row["times_peer"]):
             print(f"{'{:.2f} ({:.2f} to {:.2f})'.format(*ratio) if ratio else '':>25}", end="")
-        print(f"{row['memory'] / 1e6:10,.0f}" if row["memory"] else " " * 10, end="")
         print(f"{row['operations'] / 1e9:14.2f}{row['of_peak']:10.0%}{row['optimizer']:12.1%}")
 
 

@@ -37,7 +37,7 @@ def test_scripts_options_and_tests_exist(page):
         assert f"def {name}(" in tests, name
     scripts = [*SCRIPTS, *(path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_"))]
     code = "".join(path.read_text(encoding="utf-8") for path in scripts)
-    options = {"--help", *re.findall(r'(?:add|add_argument|ladder)\("(--[\w-]+)"', code)}
+    options = {"--help", *re.findall(r'(?:add|add_argument)\("(--[\w-]+)"', code)}
     for command in re.findall(r"(?:python|torchrun|uv run) [^`\n]*\.py[^`\n#&]*", text):
         *_, (script, told) = re.findall(r"(\S+\.py)\b([^#]*)", command)
         assert (ROOT / script).is_file(), command

@@ -95,7 +95,7 @@ def test_what_is_there_is_not_done_again_and_all_is_shown(lesson3, monkeypatch, 
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (40, 28, 28), np.uint8)
     little = data.Dataset(images, np.arange(40) // 4, CLASSES, "Fashion-MNIST")
-    verdicts = {name: Verdict([2.0, 1, 1], None, 0.9) for name in ("residual", "plain")}
+    verdicts = {name: Verdict([2.0, 1, 1], 0.9) for name in ("residual", "plain")}
     monkeypatch.setattr(lesson3, "load_once", lambda name, split, folder: little)
     monkeypatch.setattr(measure_recipe, "Panel", lambda *_: type("P", (), {"judge": lambda *_: verdicts}))
     made = []
