@@ -47,12 +47,12 @@ class Recipe(NamedTuple):
     """The lecture's settings, as they come."""
 
     batch_size: int = 512
+    preset: str = "lecture"
+    fast: bool = False  # bfloat16 where the device is fast with it, channels last
     edm: bool = False  # preconditioning, noise levels and sampler of lesson 3
     between: bool = False  # lesson 3's distribution of the noise levels, in the place of EDM's
     own_block: bool = False  # lesson 3's: group norm, scale and shift behind it, a silent start
     averaged: bool = False  # it is the average of the weights that samples
-    fast: bool = False  # bfloat16 where the device is fast with it, channels last
-    preset: str = "lecture"
     muon: bool = False  # and lesson 3's schedule
     attention: bool = False
     guidance: float = 0.0  # if any, labels are dropped in training
@@ -63,12 +63,12 @@ class Recipe(NamedTuple):
 CHANGES = {
     "the lecture's settings": {},
     "batches of 128": {"batch_size": 128},
+    "a smaller net, on patches": {"preset": "small"},
+    "bfloat16, channels last": {"fast": True},
     f"EDM, {lesson3.STEPS} steps of DPM-Solver++": {"edm": True},
     "noise levels nearer the middle": {"between": True},
     "group norm, scale and shift after it": {"own_block": True},
     "an average of the weights": {"averaged": True},
-    "bfloat16, channels last": {"fast": True},
-    "a smaller net, on patches": {"preset": "small"},
     "batches of 64": {"batch_size": 64},
     "Muon": {"muon": True},
     "attention": {"attention": True},
