@@ -251,17 +251,21 @@ def print_rows(rows):
 
 
 def plot(title, rows, shown):
-    """A row of samples for each rung, and its median distances beside them."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.62 * len(rows) + 1), width_ratios=(5, 4))
-    lesson1.plot_images(left, torch.cat(list(shown.values())), 10, list(shown))
-    for judge, color in zip(ARCHITECTURES, ("black", "0.6"), strict=False):
+    """A row of samples for each rung, with the images a second of its training, and its median distances beside it."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.42 * len(rows) + 1), width_ratios=(5, 4))
+    rates = [statistics.median(rate for _, rate, *_ in row) for row in rows.values()]
+    names = [f"{name}: {rate:.0f}/s" for name, rate in zip(rows, rates, strict=True)]
+    lesson1.plot_images(left, torch.cat(list(shown.values())), 10, names)
+    left.set_aspect("auto")  # each row is as high as a step on the right
+    for judge, color in zip(reversed(ARCHITECTURES), ("0.6", "black"), strict=True):
         values = [statistics.median(verdict[judge].distances[0] for *_, verdict in row) for row in rows.values()]
         right.plot(values, range(len(values)), "o-", color=color, label=f"judge {judge!r}")
-        for y, value in enumerate(values):
-            right.annotate(f"{value:.2g}", (value, y), xytext=(6, -3), textcoords="offset points", fontsize=8)
+    for y, value in enumerate(values):
+        right.annotate(f"{value:.2g}", (value, y), xytext=(8, -3), textcoords="offset points", fontsize=8)
+    right.margins(x=0.1)
     right.set(xscale="log", xlabel="Fréchet distance to the test images", yticks=[], ylim=(len(rows) - 0.5, -0.5))
     right.legend()
-    figure.suptitle(title)
+    figure.suptitle(f"{title} (at the left: training images a second)")
     return figure
 
 
