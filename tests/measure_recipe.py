@@ -118,7 +118,9 @@ class LectureDenoiser(lesson3.Denoiser):
 
     def forward(self, x, sigma, *label):
         c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))
-        return c_skip * x + c_out * self.network(c_in * x, time_of(sigma), *label)
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
+            h = self.network(F.pixel_unshuffle(c_in * x, self.patch), time_of(sigma), *label)
+        return c_skip * x + c_out * F.pixel_shuffle(h.to(x.dtype), self.patch)
 
 
 def time_of(sigma):
