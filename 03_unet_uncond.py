@@ -412,14 +412,17 @@ class Denoiser(nn.Module):
         variance = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
 
+    def c_noise(self, sigma):
+        """The time that the network is told of each sigma."""
+        return TIME_SCALE * sigma.log() / 4
+
     def forward(self, x, sigma, *label):
         """x: noisy images `(n, c, h, w)`; sigma: `(n,)`, positive; label: `(n,)`, if any. Returns x0_hat like x."""
         sigma = sigma.to(x.device)
         c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))
-        c_noise = TIME_SCALE * sigma.log() / 4  # n
         with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
             h = F.pixel_unshuffle(c_in * x, self.patch)  # n (c patch patch) h/patch w/patch
-            h = self.network(h, c_noise, *label)
+            h = self.network(h, self.c_noise(sigma), *label)
         return c_skip * x + c_out * F.pixel_shuffle(h.to(x.dtype), self.patch)
 
 
@@ -434,7 +437,7 @@ def show_preconditioning():
         c_skip, c_out, c_in = denoiser.scales(sigma)
         x = images + sigma * noise
         deviations = x.std(), (c_in * x).std(), ((images - c_skip * x) / c_out).std()
-        row = sigma, c_skip, c_out, c_in, TIME_SCALE * sigma.log() / 4, *deviations
+        row = sigma, c_skip, c_out, c_in, denoiser.c_noise(sigma), *deviations
         print("   {:7.2f}{:9.4f}{:9.4f}{:9.4f}{:9.0f}{:18.2f}{:12.2f}{:16.2f}".format(*row))
     sigmas = torch.logspace(-2, 2, 200)
     names = ("c_skip: how much of x is kept", "c_out: how much is added", "c_in")
@@ -994,8 +997,8 @@ def load_trained(path, model, device, **asked):
 
 # %% The run: training
 # `torchrun` starts this script several times. Each process draws the numbers of the whole batch, computes on its share,
-# and steps with the mean of all gradients (DistributedDataParallel), so all keep the same weights. All must see
-# the same folder; the first process alone prints, and writes files.
+# and steps with the mean of all gradients (DistributedDataParallel), so all keep the same weights. All must see the
+# same folder; the first process alone prints, and writes files.
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 

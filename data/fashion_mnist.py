@@ -145,14 +145,14 @@ def download(name):
 def fetch(url):
     """The bytes at url. Raises OSError or HTTPException where they can't be had, are too many, or come too slowly.
 
-    It is a thread that reads them: should the host let a byte of its header trickle in now and then, which no timeout
-    of a socket ends, then the thread can be left to itself.
+    It is a thread that reads them, which can be left to itself: a host may say nothing at all, or let a byte of its
+    header trickle in now and then, which no timeout of a socket would end.
     """
     received, result = bytearray(), Future()
 
     def receive():
         try:
-            with urllib.request.urlopen(url, timeout=PATIENCE) as response:
+            with urllib.request.urlopen(url) as response:
                 bar.total = response.length
                 while chunk := response.read1(1 << 16):  # what there is, rather than waiting for more
                     received.extend(chunk)

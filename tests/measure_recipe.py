@@ -116,19 +116,12 @@ class LectureDenoiser(lesson3.Denoiser):
     def scales(self, sigma):
         return torch.ones_like(sigma), -sigma, (4 + sigma**2).rsqrt()
 
-    def forward(self, x, sigma, *label):
-        c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
-            h = self.network(F.pixel_unshuffle(c_in * x, self.patch), time_of(sigma), *label)
-        return c_skip * x + c_out * F.pixel_shuffle(h.to(x.dtype), self.patch)
-
-
-def time_of(sigma):
-    return 2 / math.pi * torch.atan(sigma / 2)
+    def c_noise(self, sigma):
+        return 2 / math.pi * torch.atan(sigma / 2)
 
 
 def sigma_of(t):
-    """The inverse of `time_of`."""
+    """The inverse of the lecture's `c_noise`."""
     return 2 * torch.tan(math.pi / 2 * t)
 
 
