@@ -34,9 +34,9 @@ def section(show):
 
 # %% 1. A clock
 # One diffusion network takes away noise of every strength, and what is to be done depends on the strength. So it is
-# told a time step, say t = 370 of 1000. As one number, 380 is nearly the same: the way from one to the other is a
-# hundredth of the way from the first time to the last. A network that is to treat the two very differently needs very
-# large weights, and it is slow to find them (Tancik et al. 2020).
+# told a time step, from 0 to 999. From 0 to 10 the noise becomes five times as strong (Ho et al. 2020), but as one
+# number, 10 is nearly the same as 0: a hundredth of the way from the first time to the last. A network that is to treat
+# the two very differently needs very large weights, and it is slow to find them (Tancik et al. 2020).
 #
 # Clocks have solved this. The second hand tells neighbouring moments apart, the hour hand tells three from nine, and no
 # hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its frequency
@@ -45,7 +45,7 @@ def section(show):
 @section
 def show_clock():
     times = torch.tensor([50.0, 51.0, 900.0])
-    angles = times[:, None] * 10_000 ** -torch.linspace(0, 1, 8)  # times hands
+    angles = times[:, None] * 10_000 ** -torch.linspace(0, 1, 8)  # 3 8: a row for each time, a column for each hand
     figure, axes = plt.subplots(3, 8, figsize=(8, 3.3), subplot_kw={"projection": "polar"})
     for axis, angle in zip(axes.flat, angles.flatten().tolist(), strict=True):
         axis.plot([angle, angle], [0, 1], color="black", linewidth=2)
@@ -64,7 +64,7 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
 
     timesteps: `(n,)`. dim: at least 2; an odd one is padded with a column of zeros. max_period: at least 1. Returns
     `(n, dim)`, sines first, in the type of `timesteps` (float32 for integers). Raises ValueError for other shapes and
-    ranges. (Vaswani et al. 2017, section 3.5, with the ends of the frequencies as in Ho et al. 2020.)
+    ranges. (Vaswani et al. 2017, section 3.5; that the last frequency is 1 / max_period is Ho et al. 2020.)
     """
     if timesteps.ndim != 1 or dim < 2 or not 1 <= max_period < math.inf:
         got = f"shape {tuple(timesteps.shape)}, {dim} and {max_period}"
@@ -72,7 +72,7 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
     dtype = timesteps.dtype if timesteps.is_floating_point() else torch.float32
     t = timesteps.to(torch.promote_types(dtype, torch.float32))  # in half precision, an angle near 1000 is off by 0.25
     exponents = torch.linspace(0, 1, dim // 2, dtype=t.dtype, device=t.device)  # dim/2, evenly spaced
-    frequencies = max_period**-exponents  # dim/2, from 1 down to 1 / max_period
+    frequencies = max_period**-exponents  # dim/2; the lecture writes exp(-log(max_period) * exponents), the same
     angles = t[:, None] * frequencies  # n dim/2: one row for each time, one column for each hand
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)  # n dim
     return F.pad(embedding, (0, dim % 2)).to(dtype)
@@ -97,9 +97,9 @@ def show_steps():
 
 
 # %% 3. What the clock buys, and what it costs
-# Embedded, the fast hands keep near times apart, by a good part of the largest distance that there is. The price is at
-# the other end: far and very far are much the same. Seen from 370, the times 0 and 500 are about equally far, though
-# one is three times as far away. The slow hands know better, but it is left to the network to listen to them.
+# The fast hands keep near times apart, by a good part of the distance from the first time to the last. The price is at
+# the other end: far and very far are much the same. Seen from 370, the embeddings of 0 and 500 are about equally far,
+# though as numbers 0 is three times as far as 500. The slow hands know it, but the network has to listen to them.
 def distances(rows, origin):
     """How far each row is from row `origin`, in units of the distance from first to last: `(n, columns)` -> `(n,)`."""
     return (rows - rows[origin]).norm(dim=1) / (rows[-1] - rows[0]).norm()
@@ -116,16 +116,16 @@ def show_distances():
     axes.set(xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
     axes.legend()
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    figure.suptitle(f"Embedded, 380 is {ratio:.0f} times as far from 370; after that, the distance grows slowly")
+    figure.suptitle(f"Embedded, 380 is {ratio:.0f} times as far from 370; farther away, distances grow slowly")
     return figure
 
 
 # %% 4. max_period must fit the range of t
-# It says how slow the slowest hand is. If it is small for the range of t, even that hand goes round more than once,
-# and none tells early from late. If it is large, the slow hands hardly leave their place, and their columns say
-# nothing. The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017); diffusion models took it
-# over for t = 0, 1, ..., 999. The lecture keeps it, too, though its conditional model (notebook 28) puts in t from 0 to
-# 1, where most columns stand still.
+# It says how slow the slowest hand is, whose full turn takes 2π · max_period. If it is small for the range of t, even
+# that hand goes round more than once, and none tells early from late. If it is large, the slow hands hardly leave their
+# place, and their columns say nothing. The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017);
+# diffusion models took it over for t = 0, 1, ..., 999. The lecture keeps it, too, though its conditional model
+# (notebook 28) puts in t from 0 to 1, where most columns stand still.
 @section
 def show_max_period():
     figure, axes = plt.subplots(1, 4, figsize=(8, 3), sharey=True)
@@ -144,8 +144,8 @@ def show_max_period():
 # The U-Net makes no use of it, but transformers were given it for their positions. "3 later" turns each hand by an
 # angle of its own, whatever the time is. And turning is linear: sin(a + b) and cos(a + b) are sums of sin(a) and
 # cos(a), with weights that depend on b alone. So it is one matrix for all times, and a single linear layer can learn
-# it. A rotation changes neither lengths nor angles; so the dot product of two embeddings cannot depend on when they
-# are, but only on how far apart: it is the sum of cos(frequency * distance).
+# it. To turn two embeddings alike changes neither their lengths nor the angle between them; so their dot product cannot
+# depend on when they are, but only on how far apart: it is the sum of cos(frequency * distance).
 def rotation(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t; dim is even
     (Vaswani et al. 2017, section 3.5, choose the sines for this)."""
@@ -171,8 +171,8 @@ def show_rotation():
 
 
 # %% 6. From the embedding to a layer: scale and shift
-# After the embedding stands a small network, as in the lecture: hands that each tell one scale become whatever is
-# useful to know. It runs once for the whole U-Net.
+# After the embedding stands a small network, as in the lecture (whose own begins with batch norm and activation): what
+# the hands say becomes what is useful to know. It runs once for the whole U-Net.
 class TimeEmbedding(nn.Module):
     """Times `(n,)` to vectors `(n, 4 * dim)`: sines and cosines in dim columns, then two linear layers."""
 
@@ -188,7 +188,7 @@ class TimeEmbedding(nn.Module):
 
 # The vector is one for a whole image, while a convolution works on pixels. So a linear layer in each block turns it
 # into two numbers for each channel, the same for all its pixels. What a channel has found can so be turned up at one
-# time and switched off at another. Lesson 3 says where in a block this stands, and why.
+# time and switched off at another. Lesson 3, section 8, puts the layer into a residual block, and says why there.
 class ScaleShift(nn.Module):
     """Multiplies and shifts each channel by what the vector says (Dhariwal and Nichol 2021, section 3.1)."""
 
@@ -217,7 +217,7 @@ def show_scale_shift():
     axes.imshow(rearrange(y, "t c h w -> (c h) (t w)").numpy())
     axes.set_xticks(range(8, 96, 16), [f"t = {time:.0f}" for time in t])
     axes.set_yticks(range(8, 64, 16), [f"channel {channel}" for channel in range(4)])
-    figure.suptitle(f"Untrained, large weights: one input at six times, moved by up to {moved.max():.0%} of its size")
+    figure.suptitle(f"Untrained, large weights: one input at six times, up to {moved.max():.0%} away from t = 0")
     return figure
 
 

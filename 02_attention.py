@@ -50,7 +50,8 @@ def attention(q, k, v):
 def show_average():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 64, 16)  # s d, each
-    weights, averages, sums = attention_weights(q, k), attention(q, k, v), q @ k.mT / 4 @ v  # s s; s d; s d
+    weights, averages = attention_weights(q, k), attention(q, k, v)  # s s; s d
+    sums = (q @ k.mT / math.sqrt(16)) @ v  # s d
     print(f"   q, k, v {tuple(q.shape)} -> weights {tuple(weights.shape)} -> averages {tuple(averages.shape)}")
     print(f"   a row sums to one but for {(weights.sum(dim=-1) - 1).abs().max():.0e}; least weight {weights.min():.0e}")
     print("   of channel 0, values, averages, and sums with the scores themselves as weights:")
@@ -70,9 +71,9 @@ def to_image(tokens, height):
     return tokens.transpose(1, 2).unflatten(2, (height, tokens.shape[1] // height))
 
 
-# Nothing needs to be learned for a first look. Let the token of a pixel be the 5×5 patch around it, normalised, and
-# query = key = token: those score highest that look alike, wherever they are (compare non-local means, Buades et al.
-# 2005).
+# Nothing needs to be learned for a first look. Let the token of a pixel be the 5×5 patch around it, and query = key =
+# token: those score highest that look alike, wherever they are (compare non-local means, Buades et al. 2005). They are
+# normalised first, or the patch with the largest numbers would score highest.
 def patch_tokens(images, size=5):
     """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, size²)`. Outside is background."""
     patches = F.unfold(F.pad(images, [size // 2] * 4, value=-1), size).mT  # n (h w) size²
@@ -100,8 +101,8 @@ def show_one_pixel():
         tokens = patch_tokens(images[label, None])
         weights = attention_weights(tokens, tokens)[0, row * 28 + column].unflatten(0, (28, 28))  # h w
         distant = (columns - column).abs() > 5
-        share, even = weights[:, distant].sum(), distant.float().mean()
-        print(f"   {classes[label]}: {share:.0%} of the weight is over five columns away; of even weights {even:.0%}")
+        share = weights[:, distant].sum()
+        print(f"   {classes[label]}: {share:.0%} of the weight is where an 11 × 11 convolution has none")
         lesson1.plot_image(above, images[label, 0], classes[label])
         lesson1.plot_image(below, weights, f"{share:.0%} is far away", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
@@ -141,7 +142,7 @@ def show_reach():
         print(f"   {kind}: depends on {seen} of {gradient.numel()} pixels")
         pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
         titles.append(f"{kind}\n{seen} pixels")
-    title = f"What an output pixel depends on: a neighbourhood, or everything ({name})"
+    title = f"What an output pixel depends on (logarithmic): a neighbourhood, or everything ({name})"
     return lesson1.plot_grid(title, torch.stack(pictures), 5, titles=titles)
 
 
@@ -179,17 +180,12 @@ def show_shuffled_pixels():
 
 # %% 5. Why the scores are divided by √d
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, it has
-# variance d: the wider the tokens, the farther apart the scores, until softmax gives all the weight to one winner. Then
-# a small change of the scores changes nothing: no gradient comes through, and nothing is learned.
+# variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to one
+# winner. The nearer it comes to that, the less a small change of the scores changes the weights, and the less queries
+# and keys can learn.
 def entropy(weights):
     """Of each row of weights `(..., s)`, in bits: 0 where one token has all, log2(s) where all have the same."""
     return -torch.xlogy(weights, weights).sum(dim=-1) / math.log(2)  # xlogy: w log w, and 0 log 0 is 0
-
-
-def gradient_through(weights):
-    """How much of a gradient softmax lets through to a row of scores: the sum of what each weight gains from its own
-    score, w (1 - w); at most 1. `(..., s)` to `(...)`."""
-    return (weights * (1 - weights)).sum(dim=-1)
 
 
 @lesson1.section
@@ -201,8 +197,7 @@ def show_division():
         for name, scores in zip(bits, (q @ k.mT, q @ k.mT / math.sqrt(d)), strict=True):
             weights = scores.softmax(dim=-1)  # s s
             bits[name].append(entropy(weights).mean())
-            through = gradient_through(weights).mean()
-            print(f"   d {d:3} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits, gradient {through:.2f}")
+            print(f"   d {d:3} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits")
     figure, axes = plt.subplots(figsize=(7, 3.6))
     lesson1.plot_lines(axes, dims, bits, xscale="log", xlabel="width d", ylabel="entropy of the weights (bits)")
     figure.suptitle("256 tokens: undivided, the scores of wide ones leave softmax with a single winner")
@@ -211,7 +206,7 @@ def show_division():
 
 # %% 6. A layer
 # A layer is a group norm, so that scores don't grow with x (lesson 3 says why this norm); three learned projections of
-# the same tokens, the queries, keys and values; attention; an output projection; and a residual.
+# the same tokens (hence *self*-attention), the queries, keys and values; attention; an output projection; a residual.
 class SelfAttention(nn.Module):
     """Every pixel hears all pixels, and adds what it hears to itself. Activations `(n, c, h, w)` in and out (Ho et al.
     2020, appendix B)."""
@@ -226,15 +221,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         tokens = to_tokens(self.norm(x))  # n (h w) c
-        heard = attention(self.q(tokens), self.k(tokens), self.v(tokens))  # n (h w) c
+        heard = attention(self.q(tokens), self.k(tokens), self.v(tokens))  # n (h w) c, by weights n (h w) (h w)
         return x + to_image(self.proj(heard), x.shape[2])  # n c h w
 
 
 # Three projections of the same tokens are one with three times as many outputs: a single large matrix product keeps a
 # computer busier than three small ones. From section 8 on, that is how it is done.
 #
-# The lecture looks at the standard deviation after its layer. An average of many values varies much less than they do.
-# So in a new network the branch is quiet, and nearly all of what comes out is what came in.
+# The lecture looks at the standard deviation after its layer. In a new one, scores are small and weights nearly even,
+# and an average of many values varies much less than they do (most of what is left are the biases). So the branch is
+# quiet, and nearly all of what comes out is what came in.
 @lesson1.section
 def show_layer():
     torch.manual_seed(0)
@@ -253,7 +249,7 @@ def show_layer():
 # %% 7. rearrange
 # view moves no axis at all, permute moves them by number; rearrange moves them by name. So it can be read, and it can
 # check what it is given. Brackets on the left split an axis (give the sizes of its parts, all but one), on the right
-# they join axes. Each entry: a shape, what rearrange is told, and the same by hand.
+# they join axes; the last name in them runs fastest. Each entry: a shape, what rearrange is told, the same by hand.
 TOKENS, IMAGES = (2, 64, 32), (2, 32, 8, 8)
 GALLERY = [
     (TOKENS, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
@@ -262,8 +258,8 @@ GALLERY = [
     (TOKENS, "n (h w) c -> n c h w", {"h": 8}, lambda x: x.transpose(1, 2).reshape(2, 32, 8, 8)),
     (
         IMAGES,
-        "n c (h p) (w q) -> n (h w) (p q c)",
-        {"p": 4, "q": 4},
+        "n c (h p1) (w p2) -> n (h w) (p1 p2 c)",
+        {"p1": 4, "p2": 4},
         lambda x: x.view(2, 32, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 4, 512),
     ),
 ]
@@ -342,7 +338,8 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 # The lecture folds the heads into the batch, `(n heads) s d`, and attends as if each head were an image. It is the
-# same: the product of matrices, too, treats all axes before the last two as a batch.
+# same: the product of matrices, too, treats all axes before the last two as a batch. (It splits off the heads before q,
+# k and v, so the rows of its weights stand in another order; ours is that of PyTorch's class.)
 @lesson1.section
 def show_heads():
     torch.manual_seed(0)
@@ -359,8 +356,9 @@ def show_heads():
 
 # %% 9. What heads are for
 # Every pixel of an image has a pattern of six numbers. Two pixels, at random places, are marked as the left and the
-# right ear, and every pixel is asked for the patterns of both. One head may look at both ears, but it cannot keep them
-# apart: it hears one average of the two, and about half of the answer is lost. Two heads look at one ear each.
+# right ear; the answer, at every pixel, is both patterns, the left ear's first. One head hears one average of the two.
+# Its values are linear in the pixel, so both ears write into the same channels, and about half of the answer is lost.
+# Two heads look at one ear each.
 SIDE, PATTERN = 5, 6
 
 
@@ -370,7 +368,7 @@ def make_ears(n):
     places = torch.rand(n, SIDE**2).topk(2).indices  # n ears: two different pixels
     marks = F.one_hot(places, SIDE**2).float()  # n ears (h w)
     images = torch.cat([patterns, marks], dim=1).unflatten(2, (SIDE, SIDE))  # n c h w
-    return images, (marks @ patterns.mT).flatten(1)
+    return images, (marks @ patterns.mT).flatten(1)  # n ears c -> n (ears c)
 
 
 def ear_error(model, images, answers):
@@ -400,12 +398,12 @@ def show_ears():
     panels = {"the two ears": marks[0].sum(dim=0)}
     for heads in (1, 2):
         model = train_ears(heads)
-        heard = model[1].weights(model[0](images)).mean(dim=2)  # n heads (h w): the mean over all pixels that ask
-        shares = (heard @ marks.mT).mean(dim=0)  # heads ears
+        weights = model[1].weights(model[0](images)).mean(dim=2)  # n heads (h w): the mean over all pixels that hear
+        shares = (weights @ marks.mT).mean(dim=0)  # heads ears
         print(f"   {heads} head(s): error {ear_error(model, images, answers):.3f} on 1000 new images")
         for head, (left, right) in enumerate(shares, 1):
             print(f"      head {head} gives {left:.0%} of its weight to the left ear, {right:.0%} to the right one")
-            panels[f"head {head} of {heads}"] = heard[0, head - 1]
+            panels[f"head {head} of {heads}"] = weights[0, head - 1]
     pictures = torch.stack(list(panels.values())).view(-1, 1, SIDE, SIDE)  # weights, from 0 to 1
     title = "One head loses one of the ears, or mixes them; two heads keep them apart"
     return lesson1.plot_grid(title, 2 * pictures - 1, 4, titles=list(panels))
@@ -437,18 +435,19 @@ def show_torch():
     changed = tokens.clone()
     changed[1] += 1
     for name, model in {"with batch_first=True": twin, "without": careless}.items():
-        result, after = model(tokens, tokens, tokens)[0], model(changed, changed, changed)[0]
+        result, after = (model(x, x, x)[0] for x in (tokens, changed))  # of queries, keys, values; [1]: the weights
         error = relative_error(result, layer(tokens))
         print(f"   {name}: {tuple(tokens.shape)} -> {tuple(result.shape)}, off by {error:.0e};")
         print(f"      a change to image 1 changes image 0 by {relative_error(after[0], result[0]):.0e}")
 
 
 # %% 11. The fused kernel, and where to put attention
-# Every pixel hears every pixel: twice the side is four times the tokens and sixteen times the weights. A fused kernel
-# (Dao et al. 2022) computes a block of weights, uses it and forgets it, and computes it anew for the backward pass. It
-# needs no memory for them, and is faster although it computes more. But it is still every pixel with every pixel, so
-# its time grows in the same way. (All weights of an image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and
-# 8 heads.) That is why a U-Net attends at low resolutions only, where a pixel also stands for a whole region.
+# Every pixel hears every pixel: twice the side is four times the tokens and sixteen times the weights. All of an image
+# take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022) computes a
+# block of weights, uses it and forgets it, and computes it anew for the backward pass. So it never holds more than a
+# block; and for large images it is faster although it computes more, as memory is slow. But it is still every pixel
+# with every pixel: its time grows in the same way. That is why a U-Net attends at low resolutions only, where a pixel
+# also stands for a whole region.
 def fused_attention(q, k, v):
     """`F.scaled_dot_product_attention`, but on a CPU never in bfloat16, which takes several times as long backwards."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -460,7 +459,7 @@ def fused_attention(q, k, v):
 def measure_seconds(layers, x, enough=0.5):
     """Seconds of a forward and backward pass of each layer: the fastest of at least two rounds, and of as many more (up
     to 20) as fit into `enough` seconds. Whatever else the machine has to do only adds to a time."""
-    rounds = []  # rounds layers: one pass of each, so that a disturbance doesn't meet the same layer every time
+    rounds = []  # the layers take turns, so that a disturbance doesn't meet the same one every time
     began = time.perf_counter()
     while len(rounds) < 2 or (len(rounds) < 20 and time.perf_counter() - began < enough):
         times = [time.perf_counter()]
@@ -473,17 +472,17 @@ def measure_seconds(layers, x, enough=0.5):
     return np.min(rounds, axis=0).tolist()
 
 
-def measure_kept(layer, x, *told):
-    """Bytes that autograd keeps of `layer(x, *told)`, x of one image, for the backward pass, parameters not counted."""
+def measure_kept(layer, x, *inputs):
+    """Bytes that autograd keeps of `layer(x, *inputs)` for the backward pass, of one image and without parameters."""
     x = x[:1].detach().clone().requires_grad_()
-    kept = {}
+    kept = {}  # by address: several views of one tensor count once
 
-    def keep(tensor):
+    def keep(tensor):  # autograd calls it for each tensor that it saves
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(x, *told)
+        layer(x, *inputs)
     for parameter in layer.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in kept.values())
@@ -564,7 +563,7 @@ class VisionTransformer(nn.Module):
 
     def to_patches(self, x):
         """`(n, channels_in, size, size)` to `(n, s, patch * patch * channels_in)`."""
-        return rearrange(x, "n c (h p) (w q) -> n (h w) (p q c)", p=self.patch, q=self.patch)
+        return rearrange(x, "n c (h p1) (w p2) -> n (h w) (p1 p2 c)", p1=self.patch, p2=self.patch)
 
     def encode(self, x):
         """What the transformer makes of each patch, `(n, s, c)`."""
@@ -575,11 +574,12 @@ class VisionTransformer(nn.Module):
         return self.classify(self.encode(x).mean(dim=1))  # n s c -> n c -> n n_classes
 
 
-# What a convolution has built in, that neighbours belong together, a transformer has to find out from its data. With
-# hundreds of millions of images it wins (Dosovitskiy et al. 2021); with few labelled ones it falls behind a
-# convolutional net of the same size. Pre-training helps: it first learns to fill in hidden patches, for which no image
-# needs a label. That makes up for four fifths of the gap where 600 of Fashion-MNIST's images have labels, and for half
-# of it where 2,400 or 9,600 have (docs/data_efficiency.png, by tests/measure_data_efficiency.py).
+# What a convolution has built in, that neighbours belong together, a transformer has to find out from its data. So it
+# is pre-trained: with 300 million labelled images it passed the convolutional nets of its day (Dosovitskiy et al.
+# 2021). It can also learn without labels, to fill in hidden patches (Xie et al. 2022). With few labelled garments it
+# falls behind a convolutional net of as many parameters; pre-trained so on all 60,000, it makes up for four fifths of
+# the gap where 600 have labels, and for half of it where 2,400 or 9,600 have (docs/data_efficiency.png, by
+# tests/measure_data_efficiency.py).
 @lesson1.section
 def show_transformer():
     torch.manual_seed(0)
@@ -588,7 +588,7 @@ def show_transformer():
     steps = {"image": image, "patches": patches, "tokens": model.embed(patches), "scores": model(image)}
     print("   " + " -> ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
     shuffled = patches[:, torch.randperm(patches.shape[1])]
-    shuffled = rearrange(shuffled, "n (h w) (p q c) -> n c (h p) (w q)", h=7, p=4, q=4)
+    shuffled = rearrange(shuffled, "n (h w) (p1 p2 c) -> n c (h p1) (w p2)", h=7, p1=4, p2=4)
     print(f"   patches in disorder change its answer by {relative_error(model(shuffled), model(image)):.0e}")
     model.positions.zero_()
     print(f"   and without the positions by {relative_error(model(shuffled), model(image)):.0e}")
@@ -602,9 +602,9 @@ def show_transformer():
 # convolution finds a zero there. So there is one more token, which holds zeros, at a squared distance of 0.5:
 # farther than the wanted pixel, nearer than any other.
 #
-# Here the value of a pixel is *all* its channels, in every head. In section 8's layer nine heads would share them, and
-# what one carries for its place under the kernel, a matrix from channels to channels, would have a rank of c / 9 at
-# most. So it can't be any convolution.
+# Here the value of a pixel is *all* its channels, in every head. In section 8's layer nine heads would share them: what
+# one makes of the pixel that it hears is a matrix, from channels to channels, of rank c / 9 at most, and not every
+# convolution is made of such.
 class PositionAttention(nn.Module):
     """Attention by place alone: head i hears the pixel that is offsets[i] away, `(rows, columns)`, or zeros.
     Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""

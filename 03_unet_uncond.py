@@ -37,6 +37,7 @@ import data
 
 lesson1 = importlib.import_module("01_time_embedding")
 DATA = {"name": "auto", "data_dir": None}  # what the sections load; the command line can change it
+PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # more than one under torchrun
 load_once = functools.cache(data.load)
 
 
@@ -49,7 +50,8 @@ def load_garments(split, n):
 # %% 1. A convolution comes after its norm and its activation
 # A signal must come through all layers of a network, or the last ones don't know what the image was. A shortcut,
 # x + ..., lets it pass; but an activation *after* the sum, as in the lecture's first residual blocks, bends it again,
-# block after block. Put norm and activation in front of each convolution, and what leaves a block is a plain sum.
+# block after block. Put norm and activation in front of each convolution, and what leaves a block is a plain sum. (The
+# norm at the end of a branch does its part, too: it makes what is added as large as the signal.)
 #
 # The same layers in both orders; x is `(n, c, h, w)` all the way:
 def activate_last(x, convs, norms):
@@ -196,7 +198,7 @@ def show_saved():
 # Down: blocks, and convolutions of stride 2, which halve height and width; so a 3×3 convolution sees ever more of the
 # garment. A level has a quarter of the pixels of the one above and twice the channels, so that all levels cost about
 # the same. (The table's 32 to 256 channels are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of diffusers'
-# UNet2DModel. A run's preset `small` has two levels, of 48 and 96. `--no-time` trains such a network.)
+# UNet2DModel. `--no-time` trains such a network.)
 # Up: the same the other way. Beside what comes from below, each block there gets what was saved at its size on the way
 # down, as more channels; one block more, because a level saves one activation more than it has blocks.
 class UNet(nn.Module):
@@ -254,21 +256,21 @@ class UNet(nn.Module):
         step = 2 ** len(self.downsample)
         if x.shape[2] % step or x.shape[3] % step:
             raise ValueError(f"height and width must be multiples of {step}, got {x.shape[2]} × {x.shape[3]}")
-        h, saved = self.conv_in(x), [self.conv_in]  # n widths[0] height width
+        h, savers = self.conv_in(x), [self.conv_in]  # n widths[0] height width
         for level, blocks in enumerate(self.down):
             if level > 0:
                 h = self.downsample[level - 1](h)  # n c h w -> n c h/2 w/2
-                saved.append(self.downsample[level - 1])
+                savers.append(self.downsample[level - 1])
             for block in blocks:
-                h = block(h, *told)  # n c h w
-                saved.append(block)
+                h = block(h, *told)  # n c h w -> n new_width h w
+                savers.append(block)
         for block in self.middle:
             h = block(h, *told)
         for level, blocks in enumerate(self.up):
             if level > 0:
                 h = self.upsample[level - 1](h)  # n c h w -> n c 2h 2w
             for block in blocks:
-                h = block(torch.cat([h, saved.pop().take()], dim=1), *told)  # n (c skip) h w -> n c h w
+                h = block(torch.cat([h, savers.pop().take()], dim=1), *told)  # n c+skip h w -> n new_width h w
         return self.conv_out(h)  # n channels height width
 
 
@@ -301,13 +303,14 @@ def show_layers():
 
 
 # %% 5. What the skips are for
-# At the bottom of the U, where a garment is 7 × 7 pixels here, there is room for what it is, but not for where its
-# edges run. The skips bring this back. To see it, we cut them: every saved activation arrives as zeros. Both nets have
-# the same parameters, start from the same ones, and are to take away one and the same strength of noise.
+# At the bottom of the U a garment is 7 × 7 pixels of 32 channels here. There would be room for where its edges run, but
+# the network would have to learn to pack that into channels, and to unpack it again. The skips hand it over. To see it,
+# we cut them: every saved activation arrives as zeros. Both nets start from the same weights, see the same batches, and
+# are to take away one and the same strength of noise.
 def cut_skips(network):
     for layer in network.modules():
         if isinstance(layer, Saved):
-            layer.take = lambda take=layer.take: torch.zeros_like(take())
+            layer.take = lambda take=layer.take: torch.zeros_like(take())  # hides this one layer's method
 
 
 def train_skips(cut, images, steps=100):
@@ -342,16 +345,17 @@ def show_skips():
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
     lesson1.plot_lines(left, range(100), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4))
     lesson1.plot_images(right, torch.cat(list(rows.values())), len(garments), rows)
-    figure.suptitle(f"Without skips {errors[1] / errors[0]:.1f} times the error: edges are lost ({name})")
+    figure.suptitle(f"Without skips {errors[1] / errors[0]:.1f} times the error in 100 steps: edges are lost ({name})")
     return figure
 
 
 # %% 6. Noise: x = x0 + sigma · noise
 # From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can hardly
 # be seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
-# Models", EDM; the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between
-# it becomes invention: where the noise hides a garment's edge, whoever takes the noise away must make one up. (Notebook
-# 28 goes back to a cosine schedule, and predicts the noise; we keep 26's way.)
+# Models", EDM; the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between,
+# where it hides an edge, the best single answer is the mean of all the edges that there may be: a blur. To make one
+# garment of it takes many small steps (section 10). (Notebook 28 goes back to a cosine schedule, and predicts the
+# noise; we keep 26's way.)
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # the ends of sampling (EDM begins at 80, too, and ends at 0.002)
 
 
@@ -375,9 +379,12 @@ def show_noise():
 
 
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
-# Two things would make learning hard. The deviation of x is 0.7 at one end and 80 at the other, and a network likes its
-# input to be of one size. And x0, asked for directly, is the wrong question at both ends: at low noise, x is the answer
-# nearly, and a network that has to repeat its input adds errors of its own.
+# Two things would make learning hard. The standard deviation of x is 0.7 at one end and 80 at the other, and a network
+# likes its input to be of one size. And neither plain question is good at both ends. To ask for x0 is wrong at low
+# noise: x nearly is the answer, and a network that has to repeat its input adds errors of its own. To ask for the noise
+# is wrong at high noise: x0 is x - sigma · noise, and sigma multiplies every error. So the denoiser's answer is
+#
+#     x0_hat = c_skip · x + c_out · network(c_in · x, c_noise)
 #
 # c_in scales x to variance one, whatever sigma is. c_skip lets x itself through, as far as it can be believed: nearly
 # all of it at low noise, nothing at high. c_out scales what the network adds, and its target has variance one, too: at
@@ -419,7 +426,7 @@ class Denoiser(nn.Module):
     def forward(self, x, sigma, *label):
         """x: noisy images `(n, c, h, w)`; sigma: `(n,)`, positive; label: `(n,)`, if any. Returns x0_hat like x."""
         sigma = sigma.to(x.device)
-        c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))
+        c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))  # n 1 1 1, each
         with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
             h = F.pixel_unshuffle(c_in * x, self.patch)  # n (c patch patch) h/patch w/patch
             h = self.network(h, self.c_noise(sigma), *label)
@@ -468,7 +475,7 @@ class TimeResBlock(ResBlock):
 
     def __init__(self, in_channels, out_channels, groups, embedding_dim):
         super().__init__(in_channels, out_channels, groups)
-        self.conv2 = TimePreActConv(out_channels, out_channels, groups, embedding_dim)
+        self.conv2 = TimePreActConv(out_channels, out_channels, groups, embedding_dim)  # in the place of ResBlock's
         zero_(self.conv2.conv)
 
     def forward(self, x, embedding):
@@ -517,8 +524,9 @@ def show_time():
 def denoising_loss(denoiser, x0, sigma, noise, *label):
     """The squared error of x0_hat, weighted by 1 / c_out² (Karras et al. 2022, equation 8). Returns `(n,)`.
 
-    What is left is the plain squared error of the network's own output: in a new network, which says 0, it is 1 at low
-    noise and 1 + (mean / sigma_data)² of the images at high noise, so that no sigma outweighs the others by much.
+    What is left is the plain squared error of the network's own output, whose target is (x0 - c_skip · x) / c_out, as
+    in the lecture's `noisify`. A new network says 0, and the error is 1 at low noise and 1 + (mean / sigma_data)² of
+    the images at high noise: no sigma outweighs the others by much.
     """
     x0_hat = denoiser(add_noise(x0, sigma, noise), sigma, *label)
     _, c_out, _ = denoiser.scales(sigma)
@@ -534,8 +542,10 @@ def permutation(n, seed, epoch):
 
 
 # Not every level is worth the same. Little noise can't be told from the image, and behind a lot of it the image can't
-# be seen: at both ends the weighted loss stays high, whatever is learned. So most of the training is in between: two
-# of three levels are from 0.14 to 1. (EDM has -1.2 and 1.2, which are from 0.09 to 1: docs/measurements.md.)
+# be seen: at both ends the weighted loss stays high, whatever is learned. So most of the training is in between: two of
+# three levels are from 0.14 to 1. (EDM has -1.2 and 1.2, which are from 0.09 to 1: docs/measurements.md.) Sampling
+# begins at 80, which is practically never drawn. There c_in · x is noise of variance one, as it is at 10, which is, now
+# and then; and the right answer is nearly the same for all of it, the mean of all garments.
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 
 
@@ -548,7 +558,7 @@ def draw_batches(images, labels, batch_size, seed, steps):
     n, device = len(images), images.device
     for step in steps:
         numbers = range(step * batch_size, (step + 1) * batch_size)
-        chosen = torch.tensor([permutation(n, seed, p // n)[p % n] for p in numbers], device=device)
+        chosen = torch.tensor([permutation(n, seed, p // n)[p % n] for p in numbers]).to(device, non_blocking=True)
         mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)  # similar pairs, unrelated seeds
         torch.manual_seed(int(mixed[0]))
         x0 = images[chosen].float() / 127.5 - 1
@@ -591,17 +601,17 @@ def update_ema(ema, denoiser, step):
         slow.lerp_(fast, min(1.0, 10 / (step + 1)))
 
 
-# How much does time help? Less than one might expect (after 120 steps a small net that is told is better by as much as
-# the picture's title says), because an image shows by itself how noisy it is. Wherever there is background, all pixels
-# should be the same, and differ by as much as the noise is strong: the table's last line has their deviation in a
-# corner of 3 × 3 pixels, as the network sees it, after c_in. It tells low levels apart; above 1 or so it hardly does,
-# and there, at 1 to 5, the time helps most. (c_in, c_skip and c_out know sigma for both nets.)
+# How much does time help? By a few per cent in these 120 steps of a small net, which is less than one might expect. One
+# reason: an image shows by itself how noisy it is. Wherever there is background, all pixels should be the same, and
+# differ by as much as the noise is strong. The table's last line has their standard deviation in a corner of 3 × 3
+# pixels, as the network sees it, after c_in: it tells low levels apart, but hardly those above 1. (c_in, c_skip and
+# c_out know sigma for both nets.)
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # of 1,000 levels drawn in training, 994 are within
 
 
 @torch.no_grad()
 def loss_by_level(denoiser, images, levels=LEVELS):
-    """The mean loss on images `(n, c, h, w)` at each noise level, always with the same noise: `(levels,)`."""
+    """The mean loss on images `(n, c, h, w)` at each noise level, always with the same noise; a list."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return [float(denoising_loss(denoiser, images, torch.full((len(images),), s), noise).mean()) for s in levels]
 
@@ -641,85 +651,15 @@ def show_training():
     return figure
 
 
-# %% 10. Not in the lecture: Muon, by which a run trains its convolutions
-# The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon (Jordan et al.
-# 2024) takes the momentum and makes the step equally large in all directions: all singular values about 1. A
-# convolution's weights are a matrix as well: the output channels by all that each of them looks at.
-#
-# The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
-# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
-# as many rows as X, the steps are done on G, and X is multiplied once, at the end.
-def orthogonalize(x):
-    """Matrices `(n, rows, columns)` in float32 with all singular values moved to about 1 (0.68 to 1.21 where they were
-    at least 0.0015 of the matrix's norm)."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = x @ x.mT  # n rows rows
-    identity = product = torch.eye(x.shape[1], device=x.device)
-    for _ in range(5):
-        polynomial = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
-        product, gram = polynomial @ product, polynomial @ polynomial @ gram
-    return product @ x
-
-
-class Muon(torch.optim.Optimizer):
-    """For convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`; all of one shape at a time."""
-
-    def __init__(self, weights, lr, momentum=0.95, weight_decay=0.001):
-        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self):
-        group, by_shape = self.param_groups[0], {}
-        for weight in group["params"]:
-            by_shape.setdefault(weight.shape, []).append(weight)
-        for shape, weights in by_shape.items():
-            directions = []
-            for weight in weights:
-                if not self.state[weight]:
-                    self.state[weight]["mean"] = torch.zeros_like(weight)
-                mean = self.state[weight]["mean"]
-                mean.lerp_(weight.grad, 1 - group["momentum"])
-                directions.append(weight.grad.lerp(mean, group["momentum"]).flatten(1))  # Nesterov: one step ahead
-            lr = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5
-            for weight, step in zip(weights, orthogonalize(torch.stack(directions)), strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.view(shape))
-
-
-def make_optimizers(denoiser, max_lr):
-    """Muon for the convolutions, AdamW for everything else; max_lr: AdamW's highest learning rate."""
-    convolutions = [parameter for parameter in denoiser.parameters() if parameter.ndim == 4]
-    others = [parameter for parameter in denoiser.parameters() if parameter.ndim != 4]
-    return [Muon(convolutions, 10 * max_lr), adamw(others, max_lr)]
-
-
-@lesson1.section
-def show_muon():
-    images, name = load_garments("train", 2000)
-    torch.manual_seed(0)
-    x = torch.randn(1, 48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
-    for label, matrix in {"before": x / x.norm(), "after": orthogonalize(x)}.items():
-        values = torch.linalg.svdvals(matrix)[0, :12].tolist()
-        print(f"   singular values {label}:", *(f"{value:.3f}" for value in values))
-    choices = {"AdamW": lambda d: [adamw(d.parameters(), 0.004)], "Muon and AdamW": lambda d: make_optimizers(d, 0.004)}
-    curves = {label: train_small(TimeUNet, images, choice)[1] for label, choice in choices.items()}
-    said = ", ".join(f"{np.mean(losses[-20:]):.2f} with {label}" for label, losses in curves.items())
-    figure, axes = plt.subplots(figsize=(8, 3.8))
-    lesson1.plot_lines(axes, range(120), curves, xlabel="step of training", ylabel="loss", ylim=(0, 1.1))
-    figure.suptitle(f"Loss at the end: {said} ({name})")
-    return figure
-
-
-# %% 11. Sampling: one step by hand, then all
+# %% 10. Sampling: one step by hand, then all
 # From pure noise, in small steps, towards what a denoiser says. At first it says much the same for every noise:
 # something like the mean of all garments. A step goes a part of the way there, until as much noise is left as the next
 # sigma says. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
-STEPS = 14  # more come nearer to the path's end (section 12), but no nearer to real garments (docs/measurements.md)
+STEPS = 14  # more come nearer to the path's end (section 11), but no nearer to real garments (docs/measurements.md)
 
 
 def noise_levels(steps=STEPS, rho=7):
-    """`steps + 1` values from SIGMA_MAX to SIGMA_MIN, denser towards the small ones, and then 0 (Karras et al. 2022,
+    """`steps` values from SIGMA_MAX to SIGMA_MIN, denser towards the small ones, and then 0 (Karras et al. 2022,
     equation 5)."""
     ramp = np.linspace(SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho), steps)
     return [*(ramp**rho).tolist(), 0.0]
@@ -736,7 +676,7 @@ def sample(denoise, noise, sigmas, method="dpm++"):
 
     denoise(x, sigma) -> x0_hat, with sigma `(n,)` on the CPU (reading it waits for no GPU). noise: `(n, c, h, w)`,
     unit variance. sigmas: falling, from `noise_levels`. method: what a step assumes on its way to the next sigma,
-    "ddim":  that x0_hat stays as it is (the lecture's; Song, Meng and Ermon 2021). Error ~ 1 / steps.
+    "ddim":  that x0_hat stays as it is (notebook 28's; Song, Meng and Ermon 2021). Error ~ 1 / steps.
     "dpm++": that x0_hat goes on as since the last step, linearly in ln(sigma) (Lu et al. 2022, DPM-Solver++(2M)). Error
              ~ 1 / steps², for the same one evaluation a step.
     "heun":  that dx / dsigma is the mean of its values at both ends (Karras et al. 2022, algorithm 1). Error
@@ -755,7 +695,7 @@ def sample(denoise, noise, sigmas, method="dpm++"):
         if sigma_next > 0 and method == "dpm++":
             length = -math.log(ratio)
             if x0_last is not None:
-                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_last)
+                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_last)  # the mean over the step
             x0_last, length_last = x0_hat, length
         if sigma_next > 0 and method == "heun":
             guess = x0_hat + ratio * (x - x0_hat)
@@ -778,7 +718,7 @@ def ideal_denoiser(images):
     def denoise(x, sigma):
         squared = torch.cdist(x.flatten(1), images.flatten(1)) ** 2  # n m
         weights = (-squared / (2 * sigma[:, None] ** 2)).softmax(dim=1)  # n m: Bayes' rule
-        return (weights @ images.flatten(1)).view_as(x)
+        return (weights @ images.flatten(1)).view_as(x)  # n (c h w) -> n c h w
 
     return denoise
 
@@ -817,26 +757,100 @@ def show_sampling():
     return plot_film(f"Four expected garments differ by {early:.2f} at first, {late:.2f} at the end ({name})", states)
 
 
-# %% 12. Few steps or many
+# %% 11. Few steps or many
 # The path from noise to a garment is a curve, and DDIM's step follows its tangent. So the more steps, the nearer we
 # come to where the path leads. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the
-# bend, and is as near after fewer steps. Where the path leads, we take from 400 steps of a third method, Heun's.
+# bend, and is as near after fewer steps. Where the path leads, we take from 400 steps of a third method, Heun's. With
+# the ideal denoiser each path ends on one of its images; so what we count is how many of 100 end on a wrong one.
 @lesson1.section
 def show_few_steps():
     images, name = load_garments("train", 1000)
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(100)])
-    counts, off = (3, 6, STEPS, 24, 48), {"ddim": [], "dpm++": []}
-    *_, (_, end, _) = sample(ideal_denoiser(images), noise, noise_levels(400), "heun")
+    counts, wrong = (3, 6, STEPS, 24, 48), {"ddim": [], "dpm++": []}
+    *_, (_, ends, _) = sample(ideal_denoiser(images), noise, noise_levels(400), "heun")  # x of the last state
     print("   steps  " + "".join(f"{steps:8}" for steps in counts))
-    for method, values in off.items():
+    for method, values in wrong.items():
         for steps in counts:
             *_, (_, x, _) = sample(ideal_denoiser(images), noise, noise_levels(steps), method)
-            values.append(float(F.mse_loss(x, end).sqrt()))
-        print(f"   {method:7}" + "".join(f"{value:8.3f}" for value in values))
+            values.append(int(((x - ends).abs().amax(dim=(1, 2, 3)) > 0.1).sum()))
+        print(f"   {method:7}" + "".join(f"{value:8}" for value in values))
     figure, axes = plt.subplots(figsize=(8, 3.8))
-    lesson1.plot_lines(axes, counts, off, xlabel="steps", ylabel="distance from the path's end", ylim=0)
-    ddim, dpm = (values[counts.index(STEPS)] for values in off.values())
-    figure.suptitle(f"After {STEPS} steps: DDIM {ddim:.2f} from the end, dpm++ {dpm:.2f} ({name})")
+    lesson1.plot_lines(axes, counts, wrong, xlabel="steps", ylabel="of 100 end on a wrong garment", ylim=0)
+    ddim, dpm = (values[counts.index(STEPS)] for values in wrong.values())
+    figure.suptitle(f"After {STEPS} steps of DDIM {ddim} of 100 end on a wrong garment, of dpm++ {dpm} ({name})")
+    return figure
+
+
+# %% 12. Not in the lecture: Muon, the optimiser of the convolutions
+# The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon (Jordan et al.
+# 2024) takes the momentum, a mean of the last gradients, and makes the step equally large in all directions: all
+# singular values about 1. A convolution's weights are a matrix as well: the output channels by all that each of them
+# looks at. In the picture's first 120 steps it is far ahead; after five minutes a single run showed no difference in
+# the samples (docs/measurements.md).
+#
+# The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
+# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
+# as many rows as X, the steps are done on G, and X is multiplied once, at the end.
+def orthogonalize(x):
+    """Matrices `(n, rows, columns)` in float32 with all singular values moved to about 1 (0.68 to 1.21 where they were
+    at least 0.0015 of the matrix's norm)."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonalize(x.mT).mT
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT  # n rows rows
+    identity = product = torch.eye(x.shape[1], device=x.device)
+    for _ in range(5):
+        polynomial = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
+        product, gram = polynomial @ product, polynomial @ polynomial @ gram
+    return product @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """For convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`; all of one shape at a time."""
+
+    def __init__(self, weights, lr, momentum=0.95, weight_decay=0.001):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        group, by_shape = self.param_groups[0], {}
+        for weight in group["params"]:
+            by_shape.setdefault(weight.shape, []).append(weight)
+        for shape, weights in by_shape.items():
+            directions = []
+            for weight in weights:
+                if not self.state[weight]:
+                    self.state[weight]["mean"] = torch.zeros_like(weight)
+                mean = self.state[weight]["mean"]
+                mean.lerp_(weight.grad, 1 - group["momentum"])
+                ahead = weight.grad.lerp(mean, group["momentum"])  # Nesterov's momentum: one step ahead
+                directions.append(ahead.flatten(1))  # o (i h w)
+            lr = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5  # of a tall one, more outputs share it
+            for weight, step in zip(weights, orthogonalize(torch.stack(directions)), strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.view(shape))
+
+
+def make_optimizers(denoiser, max_lr):
+    """Muon for the convolutions, AdamW for everything else; max_lr: AdamW's highest learning rate."""
+    convolutions = [parameter for parameter in denoiser.parameters() if parameter.ndim == 4]
+    others = [parameter for parameter in denoiser.parameters() if parameter.ndim != 4]
+    return [Muon(convolutions, 10 * max_lr), adamw(others, max_lr)]  # an entry of Muon's step is far below 1
+
+
+@lesson1.section
+def show_muon():
+    images, name = load_garments("train", 2000)
+    torch.manual_seed(0)
+    x = torch.randn(1, 48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
+    for label, matrix in {"before": x / x.norm(), "after": orthogonalize(x)}.items():
+        values = torch.linalg.svdvals(matrix)[0, :12].tolist()
+        print(f"   singular values {label}:", *(f"{value:.3f}" for value in values))
+    choices = {"AdamW": lambda d: [adamw(d.parameters(), 0.004)], "Muon and AdamW": lambda d: make_optimizers(d, 0.004)}
+    curves = {label: train_small(TimeUNet, images, choice)[1] for label, choice in choices.items()}
+    said = ", ".join(f"{np.mean(losses[-20:]):.2f} with {label}" for label, losses in curves.items())
+    figure, axes = plt.subplots(figsize=(8, 3.8))
+    lesson1.plot_lines(axes, range(120), curves, xlabel="step of training", ylabel="loss", ylim=(0, 1.1))
+    figure.suptitle(f"Loss at the end: {said} ({name})")
     return figure
 
 
@@ -861,7 +875,7 @@ PRESETS = {
 
 
 class Run(NamedTuple):
-    """All that the trained weights depend on."""
+    """What was asked for, and of which data. A checkpoint of a run that differs in it is refused."""
 
     network: str  # its class
     preset: str
@@ -888,7 +902,7 @@ class Model(NamedTuple):
 
     network: type  # its class
     arguments: Callable = lambda preset, n_classes: ()  # of its constructor, after those of UNet
-    told: Callable = lambda label, n_classes: ()  # what it is told of the labels `(n,)` in training, a tuple
+    tell: Callable = lambda label, n_classes: ()  # what it is told of the labels `(n,)` in training, a tuple
 
     def build(self, preset, n_classes):
         """A new network."""
@@ -902,7 +916,8 @@ class UserError(Exception):
 
 def choose_device(name):
     """The torch.device for --device. Raises UserError where it isn't there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and PROCESSES == 1  # DistributedDataParallel can't use it
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     available = [device for device in there if there[device]]
     if name not in ("auto", *available):
         raise UserError(f"--device {name}: there is none here, only {', '.join(available)}")
@@ -955,7 +970,7 @@ def load_checkpoint(path, **asked):
         return None
     try:
         file = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(file) as archive:  # torch.load checks no sums, and an entry with attributes is zeros to it
+        with zipfile.ZipFile(file) as archive:  # torch.load checks no sums, and reads zeros where a flag says "folder"
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("a checksum is wrong")
         file.seek(0)
@@ -999,7 +1014,19 @@ def load_trained(path, model, device, **asked):
 # `torchrun` starts this script several times. Each process draws the numbers of the whole batch, computes on its share,
 # and steps with the mean of all gradients (DistributedDataParallel), so all keep the same weights. All must see the
 # same folder; the first process alone prints, and writes files.
-PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+def join_processes(device, found):
+    """Work with the other processes from now on. found: what all of them must agree on. Raises UserError where they
+    don't, or where there are too few GPUs."""
+    if device.type == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()  # of this machine
+        if local >= gpus:
+            raise UserError(f"there are more processes than GPUs, of which there are {gpus} here")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    all_found = [None] * PROCESSES
+    dist.all_gather_object(all_found, found)
+    if all_found.count(found) < PROCESSES:
+        raise UserError("the processes found different data or checkpoints: see --data, --data-dir and --out")
 
 
 def get_denoiser(options, model, path):
@@ -1025,17 +1052,12 @@ def get_denoiser(options, model, path):
     of_data = {"data": train_set.name, "images": len(images), "classes": train_set.classes}
     size = train_set.images.shape[1:]
     run = Run(model.network.__name__, preset_name, **training, **of_data, size=size, sigma_data=sigma_data)
-    if PROCESSES > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # among those of the same machine
-        dist.init_process_group()
-        runs = [None] * PROCESSES
-        dist.all_gather_object(runs, run)
-        if runs.count(run) < PROCESSES:
-            raise UserError("the processes found different data: see --data and --data-dir")
-    print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
     checkpoint = None if options.restart else load_checkpoint(path, **run._asdict())
-    if checkpoint and checkpoint["step"] == run.steps:
+    done = checkpoint["step"] if checkpoint else 0
+    if PROCESSES > 1:
+        join_processes(device, (run, done))
+    print(f"data      {run.data}: {run.images:,} images, {run.size[0]} × {run.size[1]}, {len(run.classes)} classes")
+    if done == run.steps:
         print("training  finished in an earlier run; --restart trains anew")
     else:
         fit(run, model, (images.to(device), labels.to(device)), path, checkpoint)
@@ -1071,44 +1093,46 @@ def fit(run, model, dataset, path, checkpoint):
     """
     device = dataset[0].device
     parts, done, losses = begin(run, model, device, path, checkpoint)
-    denoiser, ema, *optimizers = parts.values()
+    denoiser, ema, *optimizers = parts.values()  # the optimizers: Muon and AdamW
     network = DistributedDataParallel(denoiser.network) if PROCESSES > 1 else denoiser.network
     if device.type == "cuda" and importlib.util.find_spec("triton"):
         network = torch.compile(network)  # a few large kernels instead of many small ones
-    trained = Denoiser(network, run.sigma_data, denoiser.patch, denoiser.precision)  # the same weights
+    # the same weights; `denoiser` has them under their plain names, for the checkpoint and the average
+    trained = Denoiser(network, run.sigma_data, denoiser.patch, denoiser.precision)
 
-    def batches():
+    def batches(steps):
         n = run.batch_size // PROCESSES
         share = slice(RANK * n, (RANK + 1) * n)
-        for step, *batch, label in draw_batches(*dataset, run.batch_size, run.seed, range(done, run.steps)):
-            yield step, *(part[share] for part in (*batch, *model.told(label, len(run.classes))))
+        for step, *batch, label in draw_batches(*dataset, run.batch_size, run.seed, steps):
+            yield step, *(part[share] for part in (*batch, *model.tell(label, len(run.classes))))
 
     def request_stop(number, frame):
         stops.append(number)
         signal.signal(number, signal.default_int_handler)  # a second one stops at once
 
-    stops, kinds = [], (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several would not stop together
+    stops = []  # the signals that came
+    kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several would not stop at the same step
     handlers = {kind: signal.signal(kind, request_stop) for kind in kinds}
     total, begun, saved = run.steps * run.batch_size, done * run.batch_size, time.monotonic()
     bar = tqdm(total=total, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
     try:
-        for step, loss, norm in train(trained, ema, optimizers, batches(), run.steps):
+        for step, loss, norm in train(trained, ema, optimizers, batches(range(done, run.steps)), run.steps):
             if PROCESSES > 1:
                 dist.all_reduce(loss)
             losses[step], done = loss / PROCESSES, step + 1
-            due = stops or done == run.steps or time.monotonic() > saved + 120
+            due = bool(stops) or done == run.steps or time.monotonic() > saved + 120
             if due or done % 20 == 0 or device.type == "cpu":  # elsewhere seldom, because it waits for the GPU
-                if not norm.isfinite():
+                if not norm.isfinite():  # of the gradients: the same in all processes
                     tip = "try --restart with another --batch-size or --seed (the last checkpoint is from before)"
                     raise UserError(f"the loss is not finite any more at step {done:,}: {tip}")
                 bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean().item():.3f}", refresh=False)
             bar.update(run.batch_size)
             if due:
-                kept = parts if done < run.steps else {"ema": ema}
+                saved = time.monotonic()
+                kept = parts if done < run.steps else {"ema": ema}  # a finished run only samples
                 content = {"run": run._asdict(), "step": done, "losses": losses}
                 if RANK == 0:
                     save_checkpoint(path, content | {name: part.state_dict() for name, part in kept.items()})
-                saved = time.monotonic()
             if stops and due:  # one that came after `due` was decided waits for the next step, which is saved
                 break
     finally:

@@ -55,8 +55,10 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
     pass
 
 
-# At 32 × 32 pixels a single head has a million weights for one image. That memory is why the lecture leaves the first
-# level out. A fused kernel (lesson 2, section 11) never holds them, but its time still grows with the pixels' square.
+# At 32 × 32 pixels a head has 1024² weights, 4 MB for one image. With 4 heads in each of its 5 blocks, the lecture's
+# first level would have 84 MB of them: 21 GB for a batch of 256. At 16 × 16, with twice the heads, it is an eighth of
+# that. So the lecture leaves the first level out. A fused kernel (lesson 2, section 11) never holds the weights, but
+# its time still grows with the square of the number of pixels.
 def measure_levels(preset, size):
     """For each level of a preset's net, one image of this padded size: the side in pixels; the megabytes that a block
     keeps for its backward pass, without and with attention; those of all attention weights, were they kept; the
@@ -82,8 +84,8 @@ def show_cost():
     labels = {"xlabel": "side of the level in pixels", "xscale": "log"}
     lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept of an image", yscale="log", **labels)
     lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **labels)
-    first, last = (f"{slow[i] / quick[i]:.1f} times as long at {sides[i]} × {sides[i]}" for i in (0, -1))
-    figure.suptitle(f"With attention a block takes {first}, {last}")
+    ratios = (f"{slow[i] / quick[i]:.1f} times at {sides[i]} × {sides[i]}" for i in (0, -1))
+    figure.suptitle(f"Of an image, weights {weights[0]:.0f} MB, all else {plain[0]:.1f} MB; times: {', '.join(ratios)}")
     return figure
 
 
@@ -154,12 +156,13 @@ class CondUNet(lesson3.TimeUNet):
         label" for every image."""
         if label is None:
             label = torch.full((len(x),), self.n_classes, device=x.device)
-        return lesson3.UNet.forward(self, x, self.embed_time(time) + self.embed_label(label))
+        embedding = self.embed_time(time) + self.embed_label(label)  # n (4 widths[0])
+        return lesson3.UNet.forward(self, x, embedding)  # TimeUNet's would embed the time alone
 
 
 # One label in ten is dropped in training, so that the network also learns to do without: guidance needs that.
 def drop_labels(label, n_classes):
-    """What the network is told of the labels `(n,)`: in one of ten cases that there is none."""
+    """The labels `(n,)` as the network is told them, in a tuple: one in ten is n_classes, "no label"."""
     return (label.masked_fill(torch.rand(len(label), device=label.device) < 0.1, n_classes),)
 
 
@@ -201,15 +204,16 @@ def show_labels():
 # x0_hat is x less sigma times the predicted noise, it's the same line for the noise, which papers speak of.) It gives
 # clearer garments of the class, and fewer odd ones.
 #
-# But it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; section 5 shows why), so the other
-# half of the steps evaluates the network once instead of twice. And a network that was trained for long knows its
-# classes better, and needs less (docs/measurements.md).
-GUIDANCE, GUIDANCE_LATER, GUIDED_BELOW = 1.4, 0.8, 3
+# But it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; section 5 shows why), so the first 7
+# of 14 steps evaluate the network once instead of twice. And a network that was trained for long knows its classes
+# better, and needs less (docs/measurements.md).
+GUIDANCE, GUIDANCE_LONG = 1.4, 0.8  # measured after 180,000 and 1,440,000 images; where it changes is a guess
+GUIDED_BELOW = 3  # sigma
 
 
 def choose_guidance(seen):
     """The guidance, w above, that suits a network whose run is of so many images (its epochs times theirs)."""
-    return GUIDANCE if seen < 600_000 else GUIDANCE_LATER
+    return GUIDANCE if seen < 600_000 else GUIDANCE_LONG
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
@@ -243,8 +247,9 @@ def show_line():
 
 # %% 5. How strong, and from when
 # While there is much noise, the rough shape is being decided, and how light the garment will be. Guided from the start,
-# the garments of a class become alike in both, and lighter. From where the noise is down to 3, even strong guidance
-# costs no variety.
+# the garments of a class become alike in both, and lighter. From where the noise is down to 3, even with strong
+# guidance they stay as far apart as without. (That is pixels, of four garments each. Too much of it still makes only
+# what is typical: docs/measurements.md.)
 @lesson1.section
 def show_guidance():
     denoiser, run = load()
@@ -367,8 +372,8 @@ def work(options):
 def main():
     parser, group = lesson3.make_run_parser(__file__, __doc__, n=10)
     parser.add_argument("--class", dest="only", metavar="NAME-OR-ID", help="sample this class only (all)")
-    told = f"how strongly the label guides, 0 as it is ({GUIDANCE:g}; after 600,000 images {GUIDANCE_LATER:g})"
-    parser.add_argument("--guidance", metavar="W", type=lesson3.number(float, 0, 100), help=told)
+    text = f"how strongly the label guides, 0 as it is ({GUIDANCE:g}; after 600,000 images {GUIDANCE_LONG:g})"
+    parser.add_argument("--guidance", metavar="W", type=lesson3.number(float, 0, 100), help=text)
     group.add_argument("--pretrained", action="store_true", help="sample from the weights in data/pretrained")
     options = parser.parse_args()
     options.sample_only |= options.pretrained

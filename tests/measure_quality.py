@@ -44,7 +44,7 @@ class UnlabelledUNet(lesson4.CondUNet):
     pass
 
 
-NO_LABEL = lesson4.MODEL._replace(network=UnlabelledUNet, told=lambda label, n: (torch.full_like(label, n),))
+NO_LABEL = lesson4.MODEL._replace(network=UnlabelledUNet, tell=lambda label, n: (torch.full_like(label, n),))
 UNTIMED, TIMED = lesson3.Model(lesson3.UntimedUNet), lesson3.Model(lesson3.TimeUNet)
 MODELS = {model.network.__name__: model for model in (UNTIMED, TIMED, NO_LABEL, lesson4.MODEL)}
 

@@ -4,7 +4,7 @@
 
 Every rung of the ladder trains for the same minutes of the clock (or on the same number of images), in a process of its
 own, and makes the same number of samples, which the judges of measure_quality then judge. What is there already is not
-done again, so it can be stopped, and go on later. The machine should have nothing else to do.
+done again, so it can be stopped, and go on later; and it is shown, too. The machine should have nothing else to do.
 
 The lowest rung is the conditional model of the lecture (notebook 28), made of this project's classes: 28 × 28 pixels
 padded to 32 × 32 in ±0.5, widths 32 to 256, batch norm, scale and shift in front of it, time from 0 to 1, prediction of
@@ -216,13 +216,15 @@ def measure_rung(recipe, seed, options, path):
 
 # %% What came out
 def collect(options):
-    """Do what isn't there yet, each in a process of its own. Yields rung, seed, figures, images."""
+    """Do what was asked for and isn't there yet, each in a process of its own. Yields name, figures and images of all
+    that is there."""
     for rung, name in enumerate(RECIPES):
         for seed in options.seeds if rung in options.rungs else ():
             path = options.out / f"{rung:02}_seed_{seed}.npy"
             if not path.exists():
                 print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
                 subprocess.run([sys.executable, *sys.argv, "--only", str(rung), str(seed)], check=True)
+        for path in sorted(options.out.glob(f"{rung:02}_seed_*.npy")):
             yield name, json.loads(path.with_suffix(".json").read_text()), torch.from_numpy(np.load(path))
 
 

@@ -105,7 +105,7 @@ def start_training(competitor, device, batch_size, steps=1, muon=False):
 
     def batches():
         for *batch, label in lesson3.draw_batches(images, labels, batch_size, 0, range(10**6)):
-            yield *batch, *competitor.model.told(label, 10)
+            yield *batch, *competitor.model.tell(label, 10)
 
     training = lesson3.train(denoiser, ema, optimizers, batches(), 10**6)
 

@@ -74,7 +74,7 @@ def test_labels_are_dropped_one_time_in_ten(lesson4):
     torch.manual_seed(0)
     torch.testing.assert_close(lesson4.drop_labels(label, 3), (dropped,))  # the seed of the step decides
     assert not torch.equal(lesson4.drop_labels(label, 3)[0], dropped)
-    assert lesson4.MODEL.told is lesson4.drop_labels
+    assert lesson4.MODEL.tell is lesson4.drop_labels
 
 
 @pytest.mark.parametrize("guidance", [-1.0, 0, 0.7, 3])

@@ -100,7 +100,7 @@ def test_each_class_in_turn_is_told_its_label(tiny):
 
 def test_without_label_means_without_any(tiny):
     """In training and in sampling."""
-    told = measure_quality.MODELS["UnlabelledUNet"].told(torch.arange(10), 10)
+    told = measure_quality.MODELS["UnlabelledUNet"].tell(torch.arange(10), 10)
     assert [label.tolist() for label in told] == [[10] * 10]
     denoiser, run = measure_quality.load_denoiser(tiny("UnlabelledUNet"), CPU)
     images, labels = measure_quality.draw_samples(denoiser, run, 3, 2)

@@ -108,8 +108,8 @@ def test_what_is_there_is_not_done_again_and_all_is_shown(lesson3, monkeypatch, 
         path.with_suffix(".json").write_text(json.dumps({"seen": 3000 * (seed + 1), "seconds": 30.0, "sampling": 4.0}))
 
     monkeypatch.setattr(measure_recipe.subprocess, "run", make)
-    arguments = ["--n", "20", "--rungs", "0", "12", "--seeds", "0", "1", "--out", str(tmp_path)]
-    for _ in range(2):
+    for asked in (["--rungs", "0", "12", "--seeds", "0", "1"], ["--rungs", "12"]):
+        arguments = [*asked, "--n", "20", "--out", str(tmp_path)]
         measure_recipe.work(measure_recipe.make_parser().parse_args(arguments))
         assert made == [(0, 0), (0, 1), (12, 0), (12, 1)]
         lines = capsys.readouterr().out.splitlines()

@@ -76,7 +76,7 @@ def test_competitors_have_the_same_structure_and_are_told_what_the_lesson_tells(
     monkeypatch.setattr(measure_speed.lesson2, "attention", lambda *qkv: by_hand.append(kind) or attention(*qkv))
     for kind in ("ours", "by hand", "diffusers"):
         denoiser = measure_speed.Competitor(kind, model, tiny).make_denoiser(CPU)
-        x = torch.randn(2, 1, 28, 28), torch.ones(2), *model.told(torch.tensor([0, 9]), 10)
+        x = torch.randn(2, 1, 28, 28), torch.ones(2), *model.tell(torch.tensor([0, 9]), 10)
         operations = measure_speed.count_operations(lambda: denoiser(*x))  # noqa: B023
         counts.add((sum(parameter.numel() for parameter in denoiser.parameters()), operations))
     assert len(counts) == 1

@@ -60,16 +60,27 @@ def test_a_batch_that_cannot_be_shared_is_refused(lesson3, lesson4, run, tmp_pat
     assert "--batch-size 8: must be a multiple of 3" in errors
 
 
-def test_processes_that_found_different_data_are_stopped(lesson3, lesson4, run, tmp_path, monkeypatch):  # noqa: F811
-    def gather(runs, run):
-        runs[:] = run, run._replace(data="Fashion-MNIST")  # where this process has drawn garments
+@pytest.mark.parametrize("data, step", [("Fashion-MNIST", 0), ("garments", 5)])  # and not drawn garments, step 0
+def test_processes_that_found_different_data_are_stopped(lesson3, lesson4, run, tmp_path, monkeypatch, data, step):  # noqa: F811
+    backends = []
+
+    def gather(all_found, found):
+        all_found[:] = found, (found[0]._replace(data=data), step)
 
     monkeypatch.setattr(lesson3, "PROCESSES", 2)
-    monkeypatch.setattr(lesson3.dist, "init_process_group", lambda: None)
+    monkeypatch.setattr(lesson3.dist, "init_process_group", backends.append)
     monkeypatch.setattr(lesson3.dist, "all_gather_object", gather)
     _, errors = run(lesson4, *OPTIONS, "--out", tmp_path, status=2)
-    assert "the processes found different data" in errors
+    assert "the processes found different data or checkpoints" in errors
+    assert backends == ["gloo"]  # the CPU's, whatever else the machine has
     assert not list(tmp_path.iterdir())
+
+
+def test_more_processes_than_gpus_are_refused(lesson3, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(lesson3.UserError, match="more processes than GPUs, of which there are 1 here"):
+        lesson3.join_processes(torch.device("cuda"), None)
 
 
 @pytest.mark.parametrize("asked", [["--sample-only"], ["--pretrained"], ["--show"]])
