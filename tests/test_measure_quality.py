@@ -210,7 +210,7 @@ def test_a_checkpoint_is_measured(tiny, command):
 
 def test_the_sweep(tiny, command, lesson4, monkeypatch):
     drawn, draw = [], measure_quality.draw_samples
-    strong, later = lesson4.GUIDANCE, lesson4.GUIDANCE_LATER
+    strong, later = lesson4.GUIDANCE, lesson4.GUIDANCE_LONG
     monkeypatch.setattr(measure_quality, "draw_samples", lambda *settings: drawn.append(settings) or draw(*settings))
     monkeypatch.setattr(measure_quality, "SWEPT_STEPS", (1, 2))
     monkeypatch.setattr(measure_quality, "SWEPT_GUIDANCE", (0, 0.5, strong))
