@@ -252,7 +252,7 @@ def test_pretrained_has_its_own_folder_and_guidance(lesson3, lesson4, run, tmp_p
     assert folder.is_dir()
     assert f"to {tmp_path}\n" in run(lesson4, "--pretrained", "--out", tmp_path, status=2)[1]
     many, few = (lesson4.choose_guidance(epochs * 60_000) for epochs in (24, 3))
-    assert many == lesson4.GUIDANCE_LATER < lesson4.GUIDANCE == few
+    assert many == lesson4.GUIDANCE_LONG < lesson4.GUIDANCE == few
 
 
 # What is interrupted goes on as if nothing had happened

@@ -103,6 +103,6 @@ def test_the_lines_in_readme_draw_what_lesson_4_draws(lesson3, lesson4, export, 
     exec(compile(lines, "README.md", "exec"), names)
     torch.manual_seed(1)
     noise = torch.nn.functional.pixel_shuffle(torch.randn(16, patch**2, 8 // patch, 12 // patch), patch)
-    denoise = lesson4.guide(denoiser, torch.full((16,), 9), lesson4.GUIDANCE_LATER)
+    denoise = lesson4.guide(denoiser, torch.full((16,), 9), lesson4.GUIDANCE_LONG)
     *_, (_, images, _) = lesson3.sample(denoise, noise, lesson3.noise_levels())
     compare("README's lines, guided steps", names["x"], images, TOLERANCE)
