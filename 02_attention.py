@@ -142,7 +142,7 @@ def show_reach():
         print(f"   {kind}: depends on {seen} of {gradient.numel()} pixels")
         pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
         titles.append(f"{kind}\n{seen} pixels")
-    title = f"What an output pixel depends on (logarithmic): a neighbourhood, or everything ({name})"
+    title = f"What an output pixel depends on (log scale): neighbours, or everything ({name})"
     return lesson1.plot_grid(title, torch.stack(pictures), 5, titles=titles)
 
 
