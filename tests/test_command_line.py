@@ -184,9 +184,9 @@ def test_show_of_lesson_3_on_few_pictures(lesson3, run, tmp_path, monkeypatch):
     folder = write_pictures(tmp_path / "squares", 3, 20)  # six of them are held out
     output, _ = run(lesson3, "--show", "--data-dir", folder, "--out", tmp_path)
     assert lesson3.load_garments("train", 1)[1] == "squares"
-    drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "09_training", "10_muon", "11_sampling"]
+    drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "09_training", "10_sampling", "11_few_steps"]
     pictures = sorted((tmp_path / "lesson").iterdir())
-    assert [path.stem for path in pictures] == [*drawn, "12_few_steps"]
+    assert [path.stem for path in pictures] == [*drawn, "12_muon"]
     assert re.findall(r"^wrote (.+)$", output, re.M) == [str(path) for path in pictures]
 
 
