@@ -407,4 +407,8 @@ def test_each_script_is_a_command_and_its_help_says_what_there_is(script, monkey
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(script), run_name="__main__")
     assert exit.value.code == 0
-    assert "--out DIR" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--out DIR" in said
+    for number, n in (("03", 100), ("04", 10)):
+        if script.name.startswith(number):
+            assert f"of each class, if there are ({n})" in said
