@@ -410,3 +410,9 @@ def test_bfloat16_is_for_processors_with_instructions_for_it(lesson3, monkeypatc
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     assert lesson3.choose_precision(torch.device("cpu")) == expected
     assert lesson3.choose_precision(torch.device("mps")) is None
+
+
+@pytest.mark.parametrize(("new", "expected"), [(False, None), (True, torch.bfloat16)])
+def test_bfloat16_is_for_gpus_that_do_not_imitate_it(lesson3, monkeypatch, new, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or new)
+    assert lesson3.choose_precision(torch.device("cuda")) == expected
