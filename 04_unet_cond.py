@@ -84,7 +84,7 @@ def show_cost():
     labels = {"xlabel": "side of the level in pixels", "xscale": "log"}
     lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept of an image", yscale="log", **labels)
     lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **labels)
-    said = f"a block's weights would be {weights[0]:.0f} MB an image, and it takes {slow[0] / quick[0]:.0f} times as long"
+    said = f"a block's weights would be {weights[0]:.0f} MB an image; it takes {slow[0] / quick[0]:.0f} times as long"
     figure.suptitle(f"At {sides[0]} × {sides[0]} {said}")
     return figure
 
