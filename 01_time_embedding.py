@@ -34,9 +34,9 @@ def section(show):
 
 # %% 1. A clock
 # One diffusion network takes away noise of every strength, and what is to be done depends on the strength. So it is
-# told a time step, from 0 to 999. From 0 to 10 the noise becomes five times as strong (Ho et al. 2020), but as one
-# number, 10 is nearly the same as 0: a hundredth of the way from the first time to the last. A network that is to treat
-# the two very differently needs very large weights, and it is slow to find them (Tancik et al. 2020).
+# told a time step, from 0 to 999. From 0 to 10 the noise becomes nearly five times as strong (Ho et al. 2020), but as
+# one number, 10 is nearly the same as 0: a hundredth of the way from the first time to the last. A network that is to
+# treat the two very differently needs very large weights, and it is slow to find them (Tancik et al. 2020).
 #
 # Clocks have solved this. The second hand tells neighbouring moments apart, the hour hand tells three from nine, and no
 # hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its frequency

@@ -72,8 +72,8 @@ def to_image(tokens, height):
 
 
 # Nothing needs to be learned for a first look. Let the token of a pixel be the 5×5 patch around it, and query = key =
-# token: those score highest that look alike, wherever they are (compare non-local means, Buades et al. 2005). They are
-# normalised first, or the patch with the largest numbers would score highest.
+# token: those score highest that look alike, wherever they are (compare non-local means, Buades et al. 2005). The
+# patches are normalised first, or the one with the largest numbers would score highest.
 def patch_tokens(images, size=5):
     """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, size²)`. Outside is background."""
     patches = F.unfold(F.pad(images, [size // 2] * 4, value=-1), size).mT  # n (h w) size²
@@ -102,7 +102,7 @@ def show_one_pixel():
         weights = attention_weights(tokens, tokens)[0, row * 28 + column].unflatten(0, (28, 28))  # h w
         distant = (columns - column).abs() > 5
         share = weights[:, distant].sum()
-        print(f"   {classes[label]}: {share:.0%} of the weight is where an 11 × 11 convolution has none")
+        print(f"   {classes[label]}: {share:.0%} is over five columns away: no 11 × 11 convolution gets there")
         lesson1.plot_image(above, images[label, 0], classes[label])
         lesson1.plot_image(below, weights, f"{share:.0%} is far away", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
@@ -229,7 +229,7 @@ class SelfAttention(nn.Module):
 # computer busier than three small ones. From section 8 on, that is how it is done.
 #
 # The lecture looks at the standard deviation after its layer. In a new one, scores are small and weights nearly even,
-# and an average of many values varies much less than they do (most of what is left are the biases). So the branch is
+# and an average of many values varies much less than they do (what is left is mostly the biases). So the branch is
 # quiet, and nearly all of what comes out is what came in.
 @lesson1.section
 def show_layer():
@@ -338,8 +338,8 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 # The lecture folds the heads into the batch, `(n heads) s d`, and attends as if each head were an image. It is the
-# same: the product of matrices, too, treats all axes before the last two as a batch. (It splits off the heads before q,
-# k and v, so the rows of its weights stand in another order; ours is that of PyTorch's class.)
+# same: the product of matrices, too, treats all axes before the last two as a batch. (The lecture splits off the heads
+# before q, k and v, so the rows of its weights stand in another order; ours is that of PyTorch's class.)
 @lesson1.section
 def show_heads():
     torch.manual_seed(0)
@@ -442,12 +442,12 @@ def show_torch():
 
 
 # %% 11. The fused kernel, and where to put attention
-# Every pixel hears every pixel: twice the side is four times the tokens and sixteen times the weights. All of an image
-# take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022) computes a
-# block of weights, uses it and forgets it, and computes it anew for the backward pass. So it never holds more than a
-# block; and for large images it is faster although it computes more, as memory is slow. But it is still every pixel
-# with every pixel: its time grows in the same way. That is why a U-Net attends at low resolutions only, where a pixel
-# also stands for a whole region.
+# Every pixel hears every pixel: twice the side is four times the tokens and sixteen times the weights. All weights of
+# an image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022)
+# computes a block of weights, uses it and forgets it, and computes it anew for the backward pass. So it never holds
+# more than a block; and for large images it is faster although it computes more, as memory is slow. But it is still
+# every pixel with every pixel: its time grows in the same way. That is why a U-Net attends at low resolutions only,
+# where a pixel also stands for a whole region.
 def fused_attention(q, k, v):
     """`F.scaled_dot_product_attention`, but on a CPU never in bfloat16, which takes several times as long backwards."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:

@@ -381,7 +381,7 @@ def show_noise():
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
 # Two things would make learning hard. The standard deviation of x is 0.7 at one end and 80 at the other, and a network
 # likes its input to be of one size. And neither plain question is good at both ends. To ask for x0 is wrong at low
-# noise: x nearly is the answer, and a network that has to repeat its input adds errors of its own. To ask for the noise
+# noise: x is nearly the answer, and a network that has to repeat its input adds errors of its own. To ask for the noise
 # is wrong at high noise: x0 is x - sigma · noise, and sigma multiplies every error. So the denoiser's answer is
 #
 #     x0_hat = c_skip · x + c_out · network(c_in · x, c_noise)
@@ -544,8 +544,9 @@ def permutation(n, seed, epoch):
 # Not every level is worth the same. Little noise can't be told from the image, and behind a lot of it the image can't
 # be seen: at both ends the weighted loss stays high, whatever is learned. So most of the training is in between: two of
 # three levels are from 0.14 to 1. (EDM has -1.2 and 1.2, which are from 0.09 to 1: docs/measurements.md.) Sampling
-# begins at 80, which is practically never drawn. There c_in · x is noise of variance one, as it is at 10, which is, now
-# and then; and the right answer is nearly the same for all of it, the mean of all garments.
+# begins at 80, which is practically never drawn: of 2,000 levels one is above 10. From there up, c_in · x is little but
+# noise of variance one, and the right answer comes ever nearer to the mean of all garments; what the network gets wrong
+# there is small beside the noise that is left.
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 
 
@@ -558,7 +559,8 @@ def draw_batches(images, labels, batch_size, seed, steps):
     n, device = len(images), images.device
     for step in steps:
         numbers = range(step * batch_size, (step + 1) * batch_size)
-        chosen = torch.tensor([permutation(n, seed, p // n)[p % n] for p in numbers]).to(device, non_blocking=True)
+        chosen = torch.tensor([permutation(n, seed, p // n)[p % n] for p in numbers])
+        chosen = chosen.to(device, non_blocking=device.type == "cuda")  # or each step would wait for the GPU
         mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)  # similar pairs, unrelated seeds
         torch.manual_seed(int(mixed[0]))
         x0 = images[chosen].float() / 127.5 - 1
@@ -655,7 +657,7 @@ def show_training():
 # From pure noise, in small steps, towards what a denoiser says. At first it says much the same for every noise:
 # something like the mean of all garments. A step goes a part of the way there, until as much noise is left as the next
 # sigma says. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
-STEPS = 14  # more come nearer to the path's end (section 11), but no nearer to real garments (docs/measurements.md)
+STEPS = 14  # with more, fewer paths end wrong (section 11), but samples are no better (docs/measurements.md)
 
 
 def noise_levels(steps=STEPS, rho=7):
@@ -695,7 +697,7 @@ def sample(denoise, noise, sigmas, method="dpm++"):
         if sigma_next > 0 and method == "dpm++":
             length = -math.log(ratio)
             if x0_last is not None:
-                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_last)  # the mean over the step
+                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_last)  # as it will be halfway
             x0_last, length_last = x0_hat, length
         if sigma_next > 0 and method == "heun":
             guess = x0_hat + ratio * (x - x0_hat)
@@ -785,8 +787,8 @@ def show_few_steps():
 # The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon (Jordan et al.
 # 2024) takes the momentum, a mean of the last gradients, and makes the step equally large in all directions: all
 # singular values about 1. A convolution's weights are a matrix as well: the output channels by all that each of them
-# looks at. In the picture's first 120 steps it is far ahead; after five minutes a single run showed no difference in
-# the samples (docs/measurements.md).
+# looks at. In the picture's first 120 steps it is far ahead; after five minutes,
+# in single runs, samples were no better than chance would explain (docs/measurements.md).
 #
 # The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
 # singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
@@ -875,7 +877,7 @@ PRESETS = {
 
 
 class Run(NamedTuple):
-    """What was asked for, and of which data. A checkpoint of a run that differs in it is refused."""
+    """What was asked for, and on which data. A checkpoint of a run that differs in it is refused."""
 
     network: str  # its class
     preset: str

@@ -56,8 +56,8 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
 
 
 # At 32 × 32 pixels a head has 1024² weights, 4 MB for one image. With 4 heads in each of its 5 blocks, the lecture's
-# first level would have 84 MB of them: 21 GB for a batch of 256. At 16 × 16, with twice the heads, it is an eighth of
-# that. So the lecture leaves the first level out. A fused kernel (lesson 2, section 11) never holds the weights, but
+# first level would have 84 MB of them: 43 GB for its batches of 512. At 16 × 16, with twice the heads, it is an eighth
+# of that. So the lecture leaves the first level out. A fused kernel (lesson 2, section 11) never holds the weights, but
 # its time still grows with the square of the number of pixels.
 def measure_levels(preset, size):
     """For each level of a preset's net, one image of this padded size: the side in pixels; the megabytes that a block
@@ -84,8 +84,8 @@ def show_cost():
     labels = {"xlabel": "side of the level in pixels", "xscale": "log"}
     lesson1.plot_lines(axes[0], sides, curves, ylabel="megabytes kept of an image", yscale="log", **labels)
     lesson1.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **labels)
-    said = f"a block's weights would be {weights[0]:.0f} MB an image; it takes {slow[0] / quick[0]:.0f} times as long"
-    figure.suptitle(f"At {sides[0]} × {sides[0]} {said}")
+    said = f"a block's weights would be {weights[0]:.0f} MB an image; with attention it takes"
+    figure.suptitle(f"At {sides[0]} × {sides[0]} {said} {slow[0] / quick[0]:.0f} times as long")
     return figure
 
 
@@ -248,8 +248,8 @@ def show_line():
 # %% 5. How strong, and from when
 # While there is much noise, the rough shape is being decided, and how light the garment will be. Guided from the start,
 # the garments of a class become alike in both, and lighter. From where the noise is down to 3, even with strong
-# guidance they stay as far apart as without. (That is pixels, of four garments each. Too much of it still makes only
-# what is typical: docs/measurements.md.)
+# guidance they stay as far apart as without. (Measured in pixels, on four garments of each class. Too much of it still
+# makes only what is typical: docs/measurements.md.)
 @lesson1.section
 def show_guidance():
     denoiser, run = load()

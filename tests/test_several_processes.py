@@ -60,8 +60,8 @@ def test_a_batch_that_cannot_be_shared_is_refused(lesson3, lesson4, run, tmp_pat
     assert "--batch-size 8: must be a multiple of 3" in errors
 
 
-@pytest.mark.parametrize("data, step", [("Fashion-MNIST", 0), ("garments", 5)])  # and not drawn garments, step 0
-def test_processes_that_found_different_data_are_stopped(lesson3, lesson4, run, tmp_path, monkeypatch, data, step):  # noqa: F811
+@pytest.mark.parametrize("data, step", [("Fashion-MNIST", 0), ("garments", 5)])  # here: garments, and no checkpoint
+def test_processes_that_disagree_are_stopped(lesson3, lesson4, run, tmp_path, monkeypatch, data, step):  # noqa: F811
     backends = []
 
     def gather(all_found, found):
