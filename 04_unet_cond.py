@@ -95,8 +95,8 @@ def show_cost():
 # convolutions get random weights. And a group norm is another way across, as all pixels meet in its mean; so the norms
 # are left out. The convolutions alone get across by going down: one pixel of the lowest level stands for many above. So
 # an output pixel depends on all 196 of the small net's patches, and on all 1,024 pixels of the lecture's net, if
-# faintly. What is left for attention is to choose by content, rather than by place, what to hear of. In one epoch of
-# `small` no gain from it could be told from chance (docs/measurements.md).
+# faintly. What is left for attention is to choose by content, rather than by place, what to hear of. On
+# Fashion-MNIST that hardly helps; where convolutions can't reach, it decides (docs/measurements.md has both).
 def without_norms(network):
     """The network with random convolutions and without norms, in place."""
     for module in network.modules():
