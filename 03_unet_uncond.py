@@ -37,7 +37,6 @@ import data
 
 lesson1 = importlib.import_module("01_time_embedding")
 DATA = {"name": "auto", "data_dir": None}  # what the sections load; the command line can change it
-PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # more than one under torchrun
 load_once = functools.cache(data.load)
 
 
@@ -912,6 +911,9 @@ class Model(NamedTuple):
         return self.network(*of_unet, *self.arguments(preset, n_classes))
 
 
+PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # more than one under torchrun
+
+
 class UserError(Exception):
     """Something that the user can mend; the message is one line that says how."""
 
@@ -1024,7 +1026,7 @@ def join_processes(device, found):
         if local >= gpus:
             raise UserError(f"there are more processes than GPUs, of which there are {gpus} here")
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")  # left out, it is that of the machine's GPU
     all_found = [None] * PROCESSES
     dist.all_gather_object(all_found, found)
     if all_found.count(found) < PROCESSES:
