@@ -21,7 +21,7 @@ from torch import nn
 
 import data
 
-lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` is no Python: a name begins with a letter
+lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` is no Python: no name begins with a digit
 
 
 # %% 1. A weighted average
@@ -74,14 +74,14 @@ def to_image(tokens, height):
 # Nothing needs to be learned for a first look. Let the token of a pixel be the 5×5 patch around it, and query = key =
 # token: those score highest that look alike, wherever they are (compare non-local means, Buades et al. 2005). The
 # patches are normalised first, or the one with the largest numbers would score highest.
-def patch_tokens(images, size=5):
-    """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, size²)`. Outside is background."""
-    patches = F.unfold(F.pad(images, [size // 2] * 4, value=-1), size).mT  # n (h w) size²
+def patch_tokens(images):
+    """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, 25)`. Outside is background."""
+    patches = F.unfold(F.pad(images, [2] * 4, value=-1), 5).mT  # n (h w) 25
     return F.layer_norm(patches, patches.shape[-1:])
 
 
 @functools.cache
-def load_garments():
+def load_one_of_each():
     """One test image of each class, `(classes, 1, 28, 28)` in [-1, 1], the classes' names, and the data set's name:
     Fashion-MNIST where it lies on the disk, otherwise garments that are drawn here."""
     test = data.load("auto", "test", download=False)
@@ -92,7 +92,7 @@ def load_garments():
 
 @lesson1.section
 def show_one_pixel():
-    images, classes, name = load_garments()
+    images, classes, name = load_one_of_each()
     row, columns = 18, torch.arange(28)
     figure, axes = plt.subplots(2, 4, figsize=(8, 4.7))
     for i, (above, below) in zip((1, 4, 6, 7), axes.T, strict=True):
@@ -131,7 +131,7 @@ def pixel_attention(x):
 @lesson1.section
 def show_reach():
     torch.manual_seed(0)
-    images, _, name = load_garments()
+    images, _, name = load_one_of_each()
     x = nn.Conv2d(1, 16, 1)(images[-1:])  # n c h w
     convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(6)]
     layers = {f"{n} × 3×3": nn.Sequential(*convolutions[:n]) for n in (1, 2, 6)} | {"attention": pixel_attention}
@@ -163,7 +163,7 @@ def relative_error(result, expected):
 @lesson1.section
 def show_shuffled_pixels():
     torch.manual_seed(0)
-    images, _, name = load_garments()
+    images, _, name = load_one_of_each()
     x = nn.Conv2d(1, 8, 1)(images[-1:]).detach().double()  # n c h w: eight channels, each pixel for itself
     order, pictures = torch.randperm(28 * 28), []
     layers = {"attention": pixel_attention, "convolution": nn.Conv2d(8, 8, 3, padding=1).double()}
@@ -200,7 +200,7 @@ def show_division():
             print(f"   d {d:3} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits")
     figure, axes = plt.subplots(figsize=(7, 3.6))
     lesson1.plot_lines(axes, dims, bits, xscale="log", xlabel="width d", ylabel="entropy of the weights (bits)")
-    figure.suptitle("256 tokens: undivided, the scores of wide ones leave softmax with a single winner")
+    figure.suptitle("256 tokens: undivided, the scores of wide tokens leave softmax nearly a single winner")
     return figure
 
 
@@ -275,7 +275,7 @@ def show_rearrange():
         rearrange(torch.zeros(TOKENS), "n s (heads d) -> n heads s d", heads=5)
     except EinopsError as error:
         print(f"   32 channels, 5 heads: {str(error).splitlines()[-1].strip()}")
-    images, _, name = load_garments()
+    images, _, name = load_one_of_each()
     tokens = rearrange(images[:6, 0], "n h w -> (h w) n")
     n = tokens.shape[1]
     pictures = torch.cat([rearrange(tokens, "(h w) n -> n h w", h=28), tokens.reshape(n, 28, 28)])[:, None]
@@ -583,7 +583,7 @@ class VisionTransformer(nn.Module):
 @lesson1.section
 def show_transformer():
     torch.manual_seed(0)
-    model, image = VisionTransformer().requires_grad_(False), load_garments()[0][-1:]  # n c h w
+    model, image = VisionTransformer().requires_grad_(False), load_one_of_each()[0][-1:]  # n c h w
     patches = model.to_patches(image)
     steps = {"image": image, "patches": patches, "tokens": model.embed(patches), "scores": model(image)}
     print("   " + " -> ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
@@ -659,8 +659,12 @@ def show_convolution():
 
 # %% The command
 def main():
-    options = lesson1.make_parser(__file__, __doc__).parse_args()
-    lesson1.run_sections(globals(), options.out)
+    parser = lesson1.make_parser(__file__, __doc__)
+    options = parser.parse_args()
+    try:
+        lesson1.run_sections(globals(), options.out)
+    except (data.DataError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__" and not hasattr(sys, "ps1"):

@@ -40,7 +40,7 @@ DATA = {"name": "auto", "data_dir": None}  # what the sections load; the command
 load_once = functools.cache(data.load)
 
 
-def load_garments(split, n):
+def load_images(split, n):
     """The first n images, float32 `(n, 1, 28, 28)` in [-1, 1], and the data set's name."""
     images, _, _, name = load_once(split=split, **DATA)
     return F.interpolate(torch.from_numpy(images[:n])[:, None] / 127.5 - 1, size=(28, 28)), name
@@ -66,11 +66,11 @@ def activate_first(x, convs, norms):
 
 
 @torch.no_grad()
-def signal_through(block, x, blocks=20):
-    """x `(n, 16, h, w)` and the activations after each of so many new blocks."""
+def signal_through(block, x):
+    """x `(n, 16, h, w)` and the activations after each of 20 new blocks."""
     torch.manual_seed(0)
     states = [x]
-    for _ in range(blocks):
+    for _ in range(20):
         convs = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(2)]
         norms = [nn.GroupNorm(4, 16) for _ in range(2)]
         states.append(block(states[-1], convs, norms))
@@ -85,7 +85,7 @@ def correlation(a, b):
 
 @lesson1.section
 def show_order():
-    images, name = load_garments("test", 32)
+    images, name = load_images("test", 32)
     torch.manual_seed(0)
     x = nn.Conv2d(1, 16, 3, padding=1)(images).detach()  # n c h w
     shown, pictures, left = (0, 1, 2, 5, 10, 20), [], {}
@@ -197,7 +197,7 @@ def show_saved():
 # Down: blocks, and convolutions of stride 2, which halve height and width; so a 3×3 convolution sees ever more of the
 # garment. A level has a quarter of the pixels of the one above and twice the channels, so that all levels cost about
 # the same. (The table's 32 to 256 channels are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of diffusers'
-# UNet2DModel. `--no-time` trains such a network.)
+# UNet2DModel. `--no-time --preset lecture` trains this one.)
 # Up: the same the other way. Beside what comes from below, each block there gets what was saved at its size on the way
 # down, as more channels; one block more, because a level saves one activation more than it has blocks.
 class UNet(nn.Module):
@@ -332,18 +332,18 @@ def train_skips(cut, images, steps=100):
 
 @lesson1.section
 def show_skips():
-    (images, name), (garments, _) = load_garments("train", 512), load_garments("test", 8)
+    (images, name), (unseen, _) = load_images("train", 512), load_images("test", 8)
     torch.manual_seed(1)
-    noisy = garments + 0.5 * torch.randn_like(garments)
-    rows, curves, errors = {"garment": garments, "with noise": noisy}, {}, []
+    noisy = unseen + 0.5 * torch.randn_like(unseen)
+    rows, curves, errors = {"garment": unseen, "with noise": noisy}, {}, []
     for row, cut in {"with skips": False, "skips cut": True}.items():
         network, curves[row] = train_skips(cut, images)
         rows[row] = network(noisy)
-        errors.append(float(F.mse_loss(rows[row], garments)))
+        errors.append(float(F.mse_loss(rows[row], unseen)))
         print(f"   {row}: error {np.mean(curves[row][-20:]):.3f} in training, {errors[-1]:.3f} on test images")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
     lesson1.plot_lines(left, range(100), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4))
-    lesson1.plot_images(right, torch.cat(list(rows.values())), len(garments), rows)
+    lesson1.plot_images(right, torch.cat(list(rows.values())), len(unseen), rows)
     figure.suptitle(f"Without skips {errors[1] / errors[0]:.1f} times the error in 100 steps: edges are lost ({name})")
     return figure
 
@@ -351,10 +351,10 @@ def show_skips():
 # %% 6. Noise: x = x0 + sigma · noise
 # From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can hardly
 # be seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
-# Models", EDM; the lecture's notebook 26). Taking noise away is easy at one end and hopeless at the other. In between,
-# where it hides an edge, the best single answer is the mean of all the edges that there may be: a blur. To make one
-# garment of it takes many small steps (section 10). (Notebook 28 goes back to a cosine schedule, and predicts the
-# noise; we keep 26's way.)
+# Models", EDM; the lecture's notebook 26). At one end x is all but the answer, at the other it says nothing of it. In
+# between, where noise hides an edge, the best single answer is the mean of all the edges that there may be: a blur. To
+# make one garment of it takes many small steps (section 10). (Notebook 28 goes back to a cosine schedule, and predicts
+# the noise; we keep 26's way.)
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # the ends of sampling (EDM begins at 80, too, and ends at 0.002)
 
 
@@ -365,7 +365,7 @@ def add_noise(x0, sigma, noise):
 
 @lesson1.section
 def show_noise():
-    garment, name = load_garments("test", 1)
+    garment, name = load_images("test", 1)
     torch.manual_seed(0)
     sigmas = torch.logspace(math.log10(0.02), math.log10(80), 10)
     x, titles = add_noise(garment, sigmas, torch.randn(10, 1, 28, 28)), []
@@ -434,7 +434,7 @@ class Denoiser(nn.Module):
 
 @lesson1.section
 def show_preconditioning():
-    images, _ = load_garments("test", 500)
+    images, _ = load_images("test", 500)
     torch.manual_seed(0)
     noise, denoiser = torch.randn_like(images), Denoiser(None, sigma_data=float(images.std()))
     print(f"   sigma_data {denoiser.sigma_data:.3f}")
@@ -455,9 +455,9 @@ def show_preconditioning():
 
 
 # %% 8. Time
-# c_in has made every x equally large, so the network can't tell by its size how noisy it is. Each block is told: lesson
-# 1's embedding, which all blocks share, becomes a scale and a shift for each channel. They act *after* the second norm.
-# The lecture has them in front of it, where a group norm would take out again what is common to a group.
+# c_in has made every x about equally large, so its size doesn't tell the network how noisy it is. Each block is told:
+# lesson 1's embedding, which all blocks share, becomes a scale and a shift for each channel. They act *after* the
+# second norm. The lecture has them in front of it, where a group norm would take out again what is common to a group.
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation."""
 
@@ -540,12 +540,13 @@ def permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-# Not every level is worth the same. Little noise can't be told from the image, and behind a lot of it the image can't
-# be seen: at both ends the weighted loss stays high, whatever is learned. So most of the training is in between: two of
-# three levels are from 0.14 to 1. (EDM has -1.2 and 1.2, which are from 0.09 to 1: docs/measurements.md.) Sampling
-# begins at 80, which is practically never drawn: of 2,000 levels one is above 10. From there up, c_in · x is little but
-# noise of variance one, and the right answer comes ever nearer to the mean of all garments; what the network gets wrong
-# there is small beside the noise that is left.
+# Not every level is worth the same. Little noise can't be told from the image (what is missed is small in pixels, but
+# not beside the noise, and so it is weighted), and behind a lot of it the image can't be seen: at both ends the
+# weighted loss stays high, whatever is learned. So most of the training is in between: two of three levels are from
+# 0.14 to 1. (EDM has -1.2 and 1.2, which are from 0.09 to 1: docs/measurements.md.) Sampling begins at 80, which is
+# practically never drawn: of 2,000 levels one is above 10. From there up, c_in · x is little but noise of variance
+# one, and the right answer comes ever nearer to the mean of all garments; what the network gets wrong there is small
+# beside the noise that is left.
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 
 
@@ -617,15 +618,15 @@ def loss_by_level(denoiser, images, levels=LEVELS):
     return [float(denoising_loss(denoiser, images, torch.full((len(images),), s), noise).mean()) for s in levels]
 
 
-def train_small(network_class, images, make_optimizers, steps=120):
+def train_small(network_class, images, choose, steps=120):
     """The average of a small denoiser that was trained on `(n, 1, h, w)` in [-1, 1], and its losses: with the same
-    batches and noise whatever the class and the optimizers."""
+    batches and noise whatever the class and choose(denoiser), the optimizers."""
     torch.manual_seed(0)
     denoiser = Denoiser(network_class(4, (16, 32), depth=1, groups=4), float(images.std()), patch=2)
     ema = copy.deepcopy(denoiser)
     pixels, labels = ((images + 1) * 127.5).round().byte(), torch.zeros(len(images), dtype=torch.int64)
     batches = (batch[:-1] for batch in draw_batches(pixels, labels, 64, 0, range(steps)))  # without the label
-    return ema, [float(loss) for _, loss, _ in train(denoiser, ema, make_optimizers(denoiser), batches, steps)]
+    return ema, [float(loss) for _, loss, _ in train(denoiser, ema, choose(denoiser), batches, steps)]
 
 
 def adamw(parameters, max_lr):
@@ -634,12 +635,12 @@ def adamw(parameters, max_lr):
 
 @lesson1.section
 def show_training():
-    (images, _), (garments, name) = load_garments("train", 2000), load_garments("test", 100)
-    losses, corner = {}, garments[:, :, :3, :3]
+    (images, _), (unseen, name) = load_images("train", 2000), load_images("test", 100)
+    losses, corner = {}, unseen[:, :, :3, :3]
     print("   sigma       " + "".join(f"{sigma:7g}" for sigma in LEVELS))
     for label, kind in {"without time": UntimedUNet, "with time": TimeUNet}.items():
         ema, _ = train_small(kind, images, lambda denoiser: [adamw(denoiser.parameters(), 0.004)])
-        losses[label] = loss_by_level(ema, garments)
+        losses[label] = loss_by_level(ema, unseen)
         print(f"   {label:12}" + "".join(f"{value:7.3f}" for value in losses[label]))
     sigmas = torch.tensor(LEVELS).view(-1, 1, 1, 1, 1)
     seen = ema.scales(sigmas)[2] * (corner + sigmas * torch.randn_like(corner))  # levels n c 3 3
@@ -725,13 +726,13 @@ def ideal_denoiser(images):
 
 
 def spread(images):
-    """How far images `(n, ...)` differ: the standard deviation of a pixel among them, on average over the pixels."""
+    """How far images `(n, ...)` differ: the standard deviation of a pixel among them; root mean square of all."""
     return float(images.var(dim=0).mean().sqrt())
 
 
-def plot_film(title, states, columns=10):
+def plot_film(title, states):
     """A film strip of `sample`'s states: x (scaled to be seen), and the expected x0 below it."""
-    frames = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(columns, len(states)))]
+    frames = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(10, len(states)))]
     strips = []
     for image in range(len(frames[0][1])):
         strips += [x[image] / max(1.0, x[image].std().item()) for _, x, _ in frames]
@@ -742,7 +743,7 @@ def plot_film(title, states, columns=10):
 
 @lesson1.section
 def show_sampling():
-    images, name = load_garments("train", 1000)
+    images, name = load_images("train", 1000)
     denoise, sigmas = ideal_denoiser(images), noise_levels()
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(4)])
     x = sigmas[0] * noise  # n c h w: nothing but noise
@@ -765,7 +766,7 @@ def show_sampling():
 # the ideal denoiser each path ends on one of its images; so what we count is how many of 100 end on a wrong one.
 @lesson1.section
 def show_few_steps():
-    images, name = load_garments("train", 1000)
+    images, name = load_images("train", 1000)
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(100)])
     counts, wrong = (3, 6, STEPS, 24, 48), {"ddim": [], "dpm++": []}
     *_, (_, ends, _) = sample(ideal_denoiser(images), noise, noise_levels(400), "heun")  # x of the last state
@@ -786,8 +787,8 @@ def show_few_steps():
 # The gradient of a matrix is mostly made of a few directions, and the other ones hardly learn. Muon (Jordan et al.
 # 2024) takes the momentum, a mean of the last gradients, and makes the step equally large in all directions: all
 # singular values about 1. A convolution's weights are a matrix as well: the output channels by all that each of them
-# looks at. In the picture's first 120 steps it is far ahead; after five minutes,
-# in single runs, samples were no better than chance would explain (docs/measurements.md).
+# looks at. In the picture's 120 steps it is far ahead; after five minutes, in single runs, samples were no better than
+# chance would explain (docs/measurements.md).
 #
 # The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
 # singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
@@ -826,7 +827,7 @@ class Muon(torch.optim.Optimizer):
                 mean.lerp_(weight.grad, 1 - group["momentum"])
                 ahead = weight.grad.lerp(mean, group["momentum"])  # Nesterov's momentum: one step ahead
                 directions.append(ahead.flatten(1))  # o (i h w)
-            lr = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5  # of a tall one, more outputs share it
+            lr = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5  # a tall one's rows come out shorter
             for weight, step in zip(weights, orthogonalize(torch.stack(directions)), strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.view(shape))
 
@@ -835,12 +836,12 @@ def make_optimizers(denoiser, max_lr):
     """Muon for the convolutions, AdamW for everything else; max_lr: AdamW's highest learning rate."""
     convolutions = [parameter for parameter in denoiser.parameters() if parameter.ndim == 4]
     others = [parameter for parameter in denoiser.parameters() if parameter.ndim != 4]
-    return [Muon(convolutions, 10 * max_lr), adamw(others, max_lr)]  # an entry of Muon's step is far below 1
+    return [Muon(convolutions, 10 * max_lr), adamw(others, max_lr)]  # AdamW's steps have entries of 1, Muon's far below
 
 
 @lesson1.section
 def show_muon():
-    images, name = load_garments("train", 2000)
+    images, name = load_images("train", 2000)
     torch.manual_seed(0)
     x = torch.randn(1, 48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
     for label, matrix in {"before": x / x.norm(), "after": orthogonalize(x)}.items():
@@ -929,7 +930,7 @@ def choose_device(name):
 
 
 def choose_precision(device):
-    """bfloat16 where the processor has instructions for it and is several times as fast with it; otherwise None."""
+    """bfloat16 where the processor has instructions for it (elsewhere it is imitated, and slow); otherwise None."""
     instructions = torch.cpu.get_capabilities()
     fast = device.type == "cpu" and (instructions.get("amx_bf16") or instructions.get("avx512_bf16"))
     if device.type == "cuda":
@@ -947,7 +948,8 @@ def make_denoiser(run, model, device):
 
 
 def pad(images, preset):
-    """Background around `(n, c, h, w)`, as little as makes the sizes divisible as the network needs it."""
+    """Zeros, the background of uint8 images, around `(n, c, h, w)`: as few as make the sizes divisible as the network
+    needs it."""
     unit = preset.patch * 2 ** (len(preset.widths) - 1)
     bottom, right = (-size % unit for size in images.shape[2:])
     return F.pad(images, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
@@ -983,12 +985,12 @@ def load_checkpoint(path, **asked):
         if run.preset not in PRESETS or not {"step", "ema"} <= content.keys():
             raise ValueError("of another version")
     except Exception as error:  # of many kinds: whatever reading strange bytes can lead to
-        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart replaces it") from error
+        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; to train anew: --restart") from error
     there = run._asdict()
     differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
     if differing:
         raise UserError(
-            f"{path}: of another run ({', '.join(differing)}): see --restart, or --out DIR for another folder"
+            f"{path}: of another run ({', '.join(differing)}); to train anew: --restart, or another --out DIR"
         )
     return content | {"run": run}
 
@@ -999,7 +1001,7 @@ def restore(checkpoint, path, **parts):
         for name, part in parts.items():
             part.load_state_dict(checkpoint[name])
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not of today's preset, or of another version; --restart trains anew") from error
+        raise UserError(f"{path}: not of today's preset, or of another version; to train anew: --restart") from error
 
 
 def load_trained(path, model, device, **asked):
@@ -1203,7 +1205,7 @@ def write_samples(out, title, samples, rows=(), columns=10):
 def number(kind, low, high):
     """For argparse: parse a number from low to high."""
 
-    def number(text):
+    def number(text):  # by its name argparse calls what can't be parsed: "invalid number value"
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}, got {text}")
         return kind(text)
@@ -1227,7 +1229,7 @@ def make_run_parser(script, description, n):
     add("--steps", metavar="S", type=count, default=STEPS, help="steps to a sample (%(default)s)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--restart", action="store_true", help="train anew, whatever checkpoint is there")
-    group.add_argument("--sample-only", action="store_true", help="sample from the checkpoint, don't train")
+    group.add_argument("--sample-only", action="store_true", help="sample from the checkpoint: no training, no data")
     return parser, group
 
 

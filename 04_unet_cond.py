@@ -68,7 +68,7 @@ def measure_levels(preset, size):
         side = size // preset.patch // 2**level
         blocks = [AttentionResBlock(width, width, preset.groups, 4 * preset.widths[0]) for _ in range(2)]
         blocks[1].add_attention(preset.head_dim)
-        x = torch.randn(1, width, side, side)
+        x = torch.randn(1, width, side, side, requires_grad=True)
         kept = [lesson2.measure_kept(block, x, embedding) / 1e6 for block in blocks]
         passes = [functools.partial(block, embedding=embedding) for block in blocks]
         seconds = lesson2.measure_seconds(passes, x, enough=0.3)
@@ -119,9 +119,9 @@ def show_reach():
         x = torch.randn(1, preset.patch**2, side, side)
         gradient = lesson2.influence(functools.partial(network, time=torch.zeros(1)), x, side // 3, side // 3)
         seen = gradient.count_nonzero().item()
-        print(f"   {name}: an output pixel depends on {seen} of {side**2} pixels, without attention and norms")
+        print(f"   {name}: an output pixel depends on {seen} of {side**2} places, without attention and norms")
         share = (gradient / gradient.max()).log10()
-        lesson1.plot_image(axis, share, f"{name}: {seen} of {side**2} pixels", vmin=-6, vmax=0)
+        lesson1.plot_image(axis, share, f"{name}: {seen} of {side**2} places", vmin=-6, vmax=0)
     figure.suptitle("What an output pixel depends on in the U-Net without attention\n(white: most; black: a millionth)")
     return figure
 

@@ -20,10 +20,10 @@ SHORTER = {
     "03_unet_uncond.py": FEW
     | {
         '"name": "auto"': '"name": "garments"',
-        "make_optimizers, steps=120": "make_optimizers, steps=20",
+        "choose, steps=120": "choose, steps=20",
         "range(120)": "range(20)",
         "noise_levels(400)": "noise_levels(40)",
-        'load_garments("train", 2000)': 'load_garments("train", 200)',
+        'load_images("train", 2000)': 'load_images("train", 200)',
         "steps=100": "steps=2",
         "range(100), curves": "range(2), curves",
         "index in range(100)": "index in range(4)",

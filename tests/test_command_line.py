@@ -1,6 +1,7 @@
 """03 and 04 as their user runs them: in this process with tiny nets, or in one of its own where that matters."""
 
 import functools
+import importlib
 import os
 import re
 import resource
@@ -183,7 +184,7 @@ def test_show_of_lesson_3_on_few_pictures(lesson3, run, tmp_path, monkeypatch):
     monkeypatch.setattr(lesson3, "noise_levels", lambda steps=lesson3.STEPS: levels(min(steps, 20)))
     folder = write_pictures(tmp_path / "squares", 3, 20)  # six of them are held out
     output, _ = run(lesson3, "--show", "--data-dir", folder, "--out", tmp_path)
-    assert lesson3.load_garments("train", 1)[1] == "squares"
+    assert lesson3.load_images("train", 1)[1] == "squares"
     drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "09_training", "10_sampling", "11_few_steps"]
     pictures = sorted((tmp_path / "lesson").iterdir())
     assert [path.stem for path in pictures] == [*drawn, "12_muon"]
@@ -364,6 +365,14 @@ def test_a_bad_value_is_said_in_one_line(lesson4, run, arguments, accepted, tmp_
     _, errors = run(lesson4, *([] if "--out" in arguments else ["--out", tmp_path]), *arguments, status=2)
     assert accepted in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lesson_2_says_in_one_line_that_the_data_is_not_there(run_untouched, monkeypatch, tmp_path):
+    lesson2 = importlib.import_module("02_attention")
+    monkeypatch.setenv("FASHION_MNIST_DIR", "/nonexistent")
+    monkeypatch.setattr(lesson2, "load_one_of_each", lesson2.load_one_of_each.__wrapped__)  # nothing loaded yet
+    _, errors = run_untouched(lesson2, "--out", tmp_path, status=2)
+    assert "t10k-images-idx3-ubyte" in errors
 
 
 WORDS = st.sampled_from(["", "0", "-1", "3", "nan", "1e9", "9" * 30, "½", "x y", "--", "./", "Ankle boot"])
