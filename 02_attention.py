@@ -200,7 +200,7 @@ def show_division():
             print(f"   d {d:3} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits")
     figure, axes = plt.subplots(figsize=(7, 3.6))
     lesson1.plot_lines(axes, dims, bits, xscale="log", xlabel="width d", ylabel="entropy of the weights (bits)")
-    figure.suptitle("256 tokens: undivided, the scores of wide tokens leave softmax nearly a single winner")
+    figure.suptitle("256 tokens: where they are wide, undivided scores leave about one winner")
     return figure
 
 
