@@ -95,31 +95,28 @@ def synchronize(device):
     getattr(torch, device.type).synchronize()
 
 
-def start_training(competitor, device, batch_size, steps=1, muon=False):
-    """A function that trains for some more steps and waits for them to end. A step is lesson 3's: noise, loss,
-    backward, clipping, optimiser, moving average. The optimiser is AdamW, or lesson 3's pair with Muon."""
+def start_training(competitor, device, batch_size, as_a_run=False):
+    """A function that trains for a step, which is lesson 3's: noise, loss, backward, clipping, optimiser, average of the
+    weights. The optimiser is AdamW; as a run trains, it is the pair with Muon, and on a GPU the network is compiled."""
     denoiser = competitor.make_denoiser(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    optimizers = lesson3.make_optimizers(denoiser, 0.0) if muon else [lesson3.adamw(denoiser.parameters(), 0.0)]
+    if as_a_run:
+        optimizers = lesson3.make_optimizers(denoiser, 0.0)
+        lesson3.compile_network(denoiser.network, device)
+    else:
+        optimizers = [lesson3.adamw(denoiser.parameters(), 0.0)]
     images, labels = competitor.make_images(256, device)
 
     def batches():
         for *batch, label in lesson3.draw_batches(images, labels, batch_size, 0, range(10**6)):
             yield *batch, *competitor.model.tell(label, 10)
 
-    training = lesson3.train(denoiser, ema, optimizers, batches(), 10**6)
-
-    def run():
-        for _ in range(steps):
-            next(training)
-        synchronize(device)
-
-    return run
+    return functools.partial(next, lesson3.train(denoiser, ema, optimizers, batches(), 10**6))
 
 
 def start_sampling(competitor, device, batch_size, steps, guidance, method="dpm++"):
-    """A function that draws a batch in so many steps, as lesson 4 does, and waits for it. A step of these methods is
-    one evaluation of the network; where guidance acts, of twice as many images."""
+    """A function that draws a batch in so many steps, as lesson 4 does. A step of these methods is one evaluation of
+    the network; where guidance acts, of twice as many images."""
     denoiser = competitor.make_denoiser(device).eval().requires_grad_(False)
     images, label = competitor.make_images(batch_size, device)
     noise = torch.randn(images.shape, device=device)
@@ -128,7 +125,6 @@ def start_sampling(competitor, device, batch_size, steps, guidance, method="dpm+
         denoise = lesson4.guide(denoiser, label, guidance)
         for _ in lesson3.sample(denoise, noise, lesson3.noise_levels(steps), method):
             pass
-        synchronize(device)
 
     return run
 
@@ -212,14 +208,21 @@ class Task(NamedTuple):
 
     name: str
     competitor: Competitor
-    start: Callable  # start(competitor, device, batch_size) gives the function to be timed
+    start: Callable  # start(competitor, device, batch_size) gives a function that works on a batch
     peer: str | None = None  # the name of a line above that it is compared to, of the same precision
-    work: float = 1.0  # done in each call, for each image of a batch: of training, 20 steps; of sampling, 2 / 14
+    calls: int = 1  # of that function in a round, one after the other, so that a GPU has no time to run out of work
+    work: float = 1.0  # done in each call, for each image: of training, a step; of sampling, perhaps 2 / 14
 
 
-def prepare(task, device, batch_size):
+def prepare(task, device, batch_size, calls=1):
     """The function to be timed, called once: everything starts up."""
-    run = task.start(task.competitor, device, batch_size)
+    once = task.start(task.competitor, device, batch_size)
+
+    def run():
+        for _ in range(calls):
+            once()
+        synchronize(device)
+
     run()
     return run
 
@@ -232,11 +235,11 @@ def measure(tasks, device, batch_size, peaks, rounds, seconds):
         report(f"   {task.name}: starts")
         # what one more image takes is the same on every device; what a batch takes whatever its size is Muon's part
         one, two = (count_operations(functools.partial(prepare, task, torch.device("cpu"), n)) for n in (1, 2))
-        runs[task.name] = prepare(task, device, batch_size)
+        runs[task.name] = prepare(task, device, batch_size, task.calls)
         rows.append({"name": task.name, "operations": (two - one) / task.work})
     report("   all in turn")
     taken = interleave(runs, rounds, seconds)
-    rates = {task.name: [batch_size * task.work / each for each in taken[task.name]] for task in tasks}
+    rates = {task.name: [batch_size * task.calls * task.work / each for each in taken[task.name]] for task in tasks}
     for task, row in zip(tasks, rows, strict=True):
         rate = rates[task.name]
         row["rate"] = statistics.median(rate)
@@ -263,21 +266,21 @@ def print_rows(rows):
 # %% Training and sampling, beside others
 def training_tasks(model, preset, precisions, steps):
     """Diffusers as it comes first; attention by hand where there is attention, as the lecture has it, in float32."""
-    start = functools.partial(start_training, steps=steps)
     for kind in ("diffusers", "by hand", "ours"):
         for precision in precisions:
             competitor = Competitor(kind, model, preset, precision)
             theirs = competitor._replace(kind="diffusers").name
             if kind != "by hand" or (model is CONDITIONAL and precision is None):
-                yield Task(competitor.name, competitor, start, None if kind == "diffusers" else theirs, steps)
-    yield Task(f"{competitor.name}, Muon", competitor, functools.partial(start, muon=True), None, steps)
+                yield Task(competitor.name, competitor, start_training, None if kind == "diffusers" else theirs, steps)
+    as_a_run = functools.partial(start_training, as_a_run=True)
+    yield Task(f"{competitor.name}, as a run trains", competitor, as_a_run, None, steps)
 
 
 def sampling_task(competitor, steps, guidance, measured, method="dpm++", peer=None):
     """Only so many steps are measured. Of two, one is above GUIDED_BELOW and one below, as half of lesson 3's are."""
     start = functools.partial(start_sampling, steps=measured, guidance=guidance, method=method)
     name = f"{competitor.name}, {competitor.preset}, {steps}" + (", guided" if guidance else "")
-    return Task(name, competitor, start, peer, measured / steps)
+    return Task(name, competitor, start, peer, work=measured / steps)
 
 
 def sampling_tasks(precisions, measured):
@@ -348,8 +351,7 @@ def measure_cost(name, preset, size, device, precision, budget=2e10):
     one = images.float(), torch.ones(1), label
     operations = count_operations(lambda: denoiser(*one)) // 2
     batch_size = min(64, max(1, round(budget / operations)))
-    run = start_training(competitor, device, batch_size)
-    run()
+    run = prepare(Task(name, competitor, start_training), device, batch_size)
     (taken,) = interleave({name: run}).values()
     parameters, kept = sum(p.numel() for p in denoiser.parameters()), lesson2.measure_kept(denoiser, *one)
     return parameters, operations, kept, batch_size / statistics.median(taken), batch_size

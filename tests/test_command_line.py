@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from test_01_time_embedding import DEVICES
 from test_data import idx, write_pictures
 
 from data import fashion_mnist, load
@@ -39,7 +40,8 @@ def run_untouched(lesson3, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [lesson.__file__, *map(str, arguments)])
         ended = 0
         try:
-            lesson.main()
+            with torch.compiler.set_stance("force_eager"):  # on a GPU: to compile takes a minute
+                lesson.main()
         except SystemExit as stopped:
             ended = stopped.code or 0
         output, errors = capsys.readouterr()
@@ -274,6 +276,21 @@ def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp
     assert_same(read(parts), read(whole))
     assert sorted(path.name for path in parts.iterdir()) == FILES
     np.testing.assert_array_equal(np.load(parts / "samples.npy"), np.load(whole / "samples.npy"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_goes_on_and_samples_as_the_cpu_does(lesson3, lesson4, run, tmp_path, monkeypatch, device):
+    options, whole, parts = [*TINY, "--device", device, "--out"], tmp_path / "whole", tmp_path / "parts"
+    output, _ = run(lesson4, *options, whole)
+    assert f"device    1 × {device}, float32" in output
+    with monkeypatch.context() as patch:
+        interrupt_at(lesson3, patch, 3)
+        run(lesson4, *options, parts, status=130)
+    assert "from step 4" in run(lesson4, *options, parts)[0]
+    torch.testing.assert_close(read(parts)["losses"], read(whole)["losses"], rtol=1e-3, atol=0)
+    images = np.load(parts / "samples.npy")
+    run(lesson4, "--sample-only", *TINY[-6:], "--out", parts)
+    np.testing.assert_allclose(np.load(parts / "samples.npy"), images, atol=0.01)  # a GPU rounds more (TF32)
 
 
 def test_a_second_ctrl_c_stops_at_once(lesson3, lesson4, run, tmp_path, monkeypatch):
