@@ -793,43 +793,43 @@ def show_few_steps():
 # The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
 # singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
 # as many rows as X, the steps are done on G, and X is multiplied once, at the end.
-def orthogonalize(x):
-    """Matrices `(n, rows, columns)` in float32 with all singular values moved to about 1 (0.68 to 1.21 where they were
-    at least 0.0015 of the matrix's norm)."""
-    if x.shape[1] > x.shape[2]:
-        return orthogonalize(x.mT).mT
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = x @ x.mT  # n rows rows
-    identity = product = torch.eye(x.shape[1], device=x.device)
+def orthogonalize(matrices):
+    """Matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.21 where they were at least
+    0.0015 of the matrix's norm); a list. matrices: float32, all with as many rows, none with fewer columns."""
+    matrices = [x / (x.norm() + 1e-7) for x in matrices]
+    gram = torch.stack([x @ x.mT for x in matrices])  # n rows rows
+    identity = product = torch.eye(gram.shape[1], device=gram.device)
     for _ in range(5):
         polynomial = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
         product, gram = polynomial @ product, polynomial @ polynomial @ gram
-    return product @ x
+    return [factor @ x for factor, x in zip(product, matrices, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
-    """For convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`; all of one shape at a time."""
+    """For convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`, or as its transpose where it is
+    tall; all with as many rows at a time, whatever their columns."""
 
     def __init__(self, weights, lr, momentum=0.95, weight_decay=0.001):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
-        group, by_shape = self.param_groups[0], {}
+        group, by_rows = self.param_groups[0], {}
         for weight in group["params"]:
-            by_shape.setdefault(weight.shape, []).append(weight)
-        for shape, weights in by_shape.items():
-            directions = []
-            for weight in weights:
-                if not self.state[weight]:
-                    self.state[weight]["mean"] = torch.zeros_like(weight)
-                mean = self.state[weight]["mean"]
-                mean.lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(mean, group["momentum"])  # Nesterov's momentum: one step ahead
-                directions.append(ahead.flatten(1))  # o (i h w)
-            lr = group["lr"] * max(1, shape[0] / shape[1:].numel()) ** 0.5  # a tall one's rows come out shorter
-            for weight, step in zip(weights, orthogonalize(torch.stack(directions)), strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.view(shape))
+            if not self.state[weight]:
+                self.state[weight]["mean"] = torch.zeros_like(weight)
+            mean = self.state[weight]["mean"]
+            mean.lerp_(weight.grad, 1 - group["momentum"])
+            ahead = weight.grad.lerp(mean, group["momentum"]).flatten(1)  # Nesterov's momentum: one step ahead
+            x = ahead if len(ahead) <= ahead.shape[1] else ahead.mT
+            by_rows.setdefault(len(x), []).append((weight, x))
+        for pairs in by_rows.values():
+            weights, matrices = zip(*pairs, strict=True)
+            for weight, step in zip(weights, orthogonalize(matrices), strict=True):
+                tall = len(weight) / weight[0].numel()
+                lr = group["lr"] * max(1, tall) ** 0.5  # a tall one's rows come out shorter
+                step = step.mT if tall > 1 else step  # o (i h w)
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.reshape(weight.shape))
 
 
 def make_optimizers(denoiser, max_lr):
@@ -843,9 +843,9 @@ def make_optimizers(denoiser, max_lr):
 def show_muon():
     images, name = load_images("train", 2000)
     torch.manual_seed(0)
-    x = torch.randn(1, 48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
-    for label, matrix in {"before": x / x.norm(), "after": orthogonalize(x)}.items():
-        values = torch.linalg.svdvals(matrix)[0, :12].tolist()
+    x = torch.randn(48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
+    for label, matrix in {"before": x / x.norm(), "after": orthogonalize([x])[0]}.items():
+        values = torch.linalg.svdvals(matrix)[:12].tolist()
         print(f"   singular values {label}:", *(f"{value:.3f}" for value in values))
     choices = {"AdamW": lambda d: [adamw(d.parameters(), 0.004)], "Muon and AdamW": lambda d: make_optimizers(d, 0.004)}
     curves = {label: train_small(TimeUNet, images, choice)[1] for label, choice in choices.items()}

@@ -96,8 +96,8 @@ def synchronize(device):
 
 
 def start_training(competitor, device, batch_size, as_a_run=False):
-    """A function that trains for a step, which is lesson 3's: noise, loss, backward, clipping, optimiser, average of the
-    weights. The optimiser is AdamW; as a run trains, it is the pair with Muon, and on a GPU the network is compiled."""
+    """A function that trains for a step, which is lesson 3's: noise, loss, backward, clipping, optimiser, average.
+    The optimiser is AdamW; as a run trains, it is the pair with Muon, and on a GPU the network is compiled."""
     denoiser = competitor.make_denoiser(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     if as_a_run:

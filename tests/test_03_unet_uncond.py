@@ -193,13 +193,11 @@ def newton_schulz(x):
 
 def test_orthogonalize_is_the_plain_iteration(lesson3):
     steep = torch.logspace(0, -6, 24)
-    cases = [torch.randn(2, *shape) for shape in ((8, 30), (30, 8), (24, 24), (9, 1), (1, 9), (1, 1), (48, 432))]
-    cases += [torch.randn(2, 24, 24) @ steep.diag() @ torch.randn(24, columns) for columns in (24, 90)]
-    cases += [torch.randn(2, 8, 1) @ torch.randn(2, 1, 20), torch.zeros(2, 6, 10), 1e-4 * torch.randn(2, 6, 10)]
-    for x in cases:
-        result = lesson3.orthogonalize(x)
-        assert result.shape == x.shape
-        for ours, matrix in zip(result, x, strict=True):
+    cases = [[torch.randn(rows, columns) for columns in (rows, rows + 1, 9 * rows)] for rows in (1, 8, 24, 48)]
+    cases += [[torch.randn(24, 24) @ steep.diag() @ torch.randn(24, columns) for columns in (24, 90)]]
+    cases += [[torch.randn(6, 1) @ torch.randn(1, 20), torch.zeros(6, 10), 1e-4 * torch.randn(6, 10)]]
+    for matrices in cases:
+        for ours, matrix in zip(lesson3.orthogonalize(matrices), matrices, strict=True):
             expected = newton_schulz(matrix)
             assert (ours - expected).abs().max() <= 2e-3 * expected.abs().max()
             u, singular, v = torch.linalg.svd(matrix.double(), full_matrices=False)
@@ -210,9 +208,9 @@ def test_orthogonalize_is_the_plain_iteration(lesson3):
 
 def test_muon_is_that_of_pytorch(lesson3):
     """Whose iteration computes in bfloat16; so the way that the weights have gone is compared, to 2 %."""
-    shapes = (12, 4, 3, 3), (6, 12, 3, 3), (12, 4, 3, 3), (40, 3, 1, 1)
-    layouts = torch.channels_last, torch.channels_last, torch.contiguous_format, torch.contiguous_format
-    ours = [nn.Parameter(torch.randn(size).to(memory_format=kind)) for size, kind in zip(shapes, layouts, strict=True)]
+    shapes = [(12, 4, 3, 3), (6, 12, 3, 3), (12, 4, 3, 3), (40, 3, 1, 1), (9, 1, 1, 1), (1, 9, 1, 1)]
+    layouts = torch.channels_last, torch.contiguous_format
+    ours = [nn.Parameter(torch.randn(size).to(memory_format=kind)) for size in shapes for kind in layouts]
     before = [weight.detach().flatten(1).clone() for weight in ours]
     theirs = [nn.Parameter(weight.clone()) for weight in before]
     optimizers = lesson3.Muon(ours, 0.1, weight_decay=0.3), torch.optim.Muon(theirs, 0.1, weight_decay=0.3)
