@@ -1092,12 +1092,6 @@ def begin(run, model, device, path, checkpoint):
     return parts, done, losses.to(device)
 
 
-def compile_network(network, device):
-    """On CUDA, make a few large kernels of many small ones, in place; elsewhere, or without triton, do nothing."""
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        network.compile()
-
-
 def fit(run, model, dataset, path, checkpoint):
     """Train, or go on from a checkpoint, under a progress bar; save every two minutes, at the end, and when stopped.
 
@@ -1107,7 +1101,8 @@ def fit(run, model, dataset, path, checkpoint):
     parts, done, losses = begin(run, model, device, path, checkpoint)
     denoiser, ema, *optimizers = parts.values()  # the optimizers: Muon and AdamW
     network = DistributedDataParallel(denoiser.network) if PROCESSES > 1 else denoiser.network
-    compile_network(network, device)
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        network = torch.compile(network)  # a few large kernels instead of many small ones
     # the same weights; `denoiser` has them under their plain names, for the checkpoint and the average
     trained = Denoiser(network, run.sigma_data, denoiser.patch, denoiser.precision)
 
@@ -1119,7 +1114,7 @@ def fit(run, model, dataset, path, checkpoint):
 
     def request_stop(number, frame):
         stops.append(number)
-        signal.signal(number, signal.default_int_handler)  # a second one stops at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C now stops at once
 
     stops = []  # the signals that came
     kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several would not stop at the same step

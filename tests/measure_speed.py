@@ -95,16 +95,12 @@ def synchronize(device):
     getattr(torch, device.type).synchronize()
 
 
-def start_training(competitor, device, batch_size, as_a_run=False):
-    """A function that trains for a step, which is lesson 3's: noise, loss, backward, clipping, optimiser, average.
-    The optimiser is AdamW; as a run trains, it is the pair with Muon, and on a GPU the network is compiled."""
+def start_training(competitor, device, batch_size, muon=False):
+    """A function that trains for a step, which is lesson 3's: noise, loss, backward, clipping, optimiser, moving
+    average. The optimiser is AdamW, or lesson 3's pair with Muon. Nothing is compiled, as a run is on a GPU."""
     denoiser = competitor.make_denoiser(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    if as_a_run:
-        optimizers = lesson3.make_optimizers(denoiser, 0.0)
-        lesson3.compile_network(denoiser.network, device)
-    else:
-        optimizers = [lesson3.adamw(denoiser.parameters(), 0.0)]
+    optimizers = lesson3.make_optimizers(denoiser, 0.0) if muon else [lesson3.adamw(denoiser.parameters(), 0.0)]
     images, labels = competitor.make_images(256, device)
 
     def batches():
@@ -272,8 +268,7 @@ def training_tasks(model, preset, precisions, steps):
             theirs = competitor._replace(kind="diffusers").name
             if kind != "by hand" or (model is CONDITIONAL and precision is None):
                 yield Task(competitor.name, competitor, start_training, None if kind == "diffusers" else theirs, steps)
-    as_a_run = functools.partial(start_training, as_a_run=True)
-    yield Task(f"{competitor.name}, as a run trains", competitor, as_a_run, None, steps)
+    yield Task(f"{competitor.name}, Muon", competitor, functools.partial(start_training, muon=True), None, steps)
 
 
 def sampling_task(competitor, steps, guidance, measured, method="dpm++", peer=None):

@@ -303,6 +303,14 @@ def test_a_second_ctrl_c_stops_at_once(lesson3, lesson4, run, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_second_signal_to_end_is_not_a_second_ctrl_c(lesson3, lesson4, run, tmp_path, monkeypatch):
+    """`timeout`, for one, sends the same twice: to the process, and to its group."""
+    for _ in range(2):
+        interrupt_at(lesson3, monkeypatch, 3, signal.SIGTERM)
+    output, _ = run(lesson4, *TINY, "--out", tmp_path, status=130)
+    assert "stopped after step 4" in output
+
+
 def test_a_process_that_is_killed(tmp_path):
     """kill -9 leaves the last checkpoint, or none, but never half of one, nor a picture."""
     command = [sys.executable, ROOT / "03_unet_uncond.py", *TINY, "--epochs", "0.2", "--out", str(tmp_path)]
