@@ -792,44 +792,41 @@ def show_few_steps():
 #
 # The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
 # singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
-# as many rows as X, the steps are done on G, and X is multiplied once, at the end.
+# as many rows as X, the steps are done on G, and X is multiplied once, at the end. (A tall X has the smaller G = Xᵀ X.)
 def orthogonalize(matrices):
     """Matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.21 where they were at least
-    0.0015 of the matrix's norm); a list. matrices: float32, all with as many rows, none with fewer columns."""
+    0.0015 of the matrix's norm); a list. matrices: float32, the shorter side of all is the same."""
     matrices = [x / (x.norm() + 1e-7) for x in matrices]
-    gram = torch.stack([x @ x.mT for x in matrices])  # n rows rows
+    gram = torch.stack([x @ x.mT if len(x) <= x.shape[1] else x.mT @ x for x in matrices])  # n side side
     identity = product = torch.eye(gram.shape[1], device=gram.device)
     for _ in range(5):
         polynomial = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
         product, gram = polynomial @ product, polynomial @ polynomial @ gram
-    return [factor @ x for factor, x in zip(product, matrices, strict=True)]
+    return [p @ x if len(x) == len(p) else x @ p for p, x in zip(product, matrices, strict=True)]
 
 
 class Muon(torch.optim.Optimizer):
-    """For convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`, or as its transpose where it is
-    tall; all with as many rows at a time, whatever their columns."""
+    """For convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`. Those whose shorter side is the
+    same go together."""
 
     def __init__(self, weights, lr, momentum=0.95, weight_decay=0.001):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self):
-        group, by_rows = self.param_groups[0], {}
+        group, by_side = self.param_groups[0], {}
         for weight in group["params"]:
             if not self.state[weight]:
                 self.state[weight]["mean"] = torch.zeros_like(weight)
             mean = self.state[weight]["mean"]
             mean.lerp_(weight.grad, 1 - group["momentum"])
             ahead = weight.grad.lerp(mean, group["momentum"]).flatten(1)  # Nesterov's momentum: one step ahead
-            x = ahead if len(ahead) <= ahead.shape[1] else ahead.mT
-            by_rows.setdefault(len(x), []).append((weight, x))
-        for pairs in by_rows.values():
+            by_side.setdefault(min(ahead.shape), []).append((weight, ahead))
+        for pairs in by_side.values():
             weights, matrices = zip(*pairs, strict=True)
             for weight, step in zip(weights, orthogonalize(matrices), strict=True):
-                tall = len(weight) / weight[0].numel()
-                lr = group["lr"] * max(1, tall) ** 0.5  # a tall one's rows come out shorter
-                step = step.mT if tall > 1 else step  # o (i h w)
-                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.reshape(weight.shape))
+                lr = group["lr"] * max(1, len(step) / step.shape[1]) ** 0.5  # a tall one's rows come out shorter
+                weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.view(weight.shape))
 
 
 def make_optimizers(denoiser, max_lr):

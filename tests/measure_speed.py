@@ -97,7 +97,7 @@ def synchronize(device):
 
 def start_training(competitor, device, batch_size, muon=False):
     """A function that trains for a step, which is lesson 3's: noise, loss, backward, clipping, optimiser, moving
-    average. The optimiser is AdamW, or lesson 3's pair with Muon. Nothing is compiled, as a run is on a GPU."""
+    average. The optimiser is AdamW, or lesson 3's pair with Muon. Nothing is compiled, though a run on a GPU is."""
     denoiser = competitor.make_denoiser(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizers = lesson3.make_optimizers(denoiser, 0.0) if muon else [lesson3.adamw(denoiser.parameters(), 0.0)]
@@ -206,7 +206,7 @@ class Task(NamedTuple):
     competitor: Competitor
     start: Callable  # start(competitor, device, batch_size) gives a function that works on a batch
     peer: str | None = None  # the name of a line above that it is compared to, of the same precision
-    calls: int = 1  # of that function in a round, one after the other, so that a GPU has no time to run out of work
+    calls: int = 1  # of that function in a round, before it waits for the device
     work: float = 1.0  # done in each call, for each image: of training, a step; of sampling, perhaps 2 / 14
 
 

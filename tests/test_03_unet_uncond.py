@@ -193,7 +193,8 @@ def newton_schulz(x):
 
 def test_orthogonalize_is_the_plain_iteration(lesson3):
     steep = torch.logspace(0, -6, 24)
-    cases = [[torch.randn(rows, columns) for columns in (rows, rows + 1, 9 * rows)] for rows in (1, 8, 24, 48)]
+    cases = [[torch.randn(n, columns) for columns in (n, n + 1, 9 * n)] for n in (1, 8, 24, 48)]
+    cases += [[torch.randn(7, 7), torch.randn(7, 20), torch.randn(20, 7)], [torch.randn(9, 1)]]
     cases += [[torch.randn(24, 24) @ steep.diag() @ torch.randn(24, columns) for columns in (24, 90)]]
     cases += [[torch.randn(6, 1) @ torch.randn(1, 20), torch.zeros(6, 10), 1e-4 * torch.randn(6, 10)]]
     for matrices in cases:
@@ -208,7 +209,7 @@ def test_orthogonalize_is_the_plain_iteration(lesson3):
 
 def test_muon_is_that_of_pytorch(lesson3):
     """Whose iteration computes in bfloat16; so the way that the weights have gone is compared, to 2 %."""
-    shapes = [(12, 4, 3, 3), (6, 12, 3, 3), (12, 4, 3, 3), (40, 3, 1, 1), (9, 1, 1, 1), (1, 9, 1, 1)]
+    shapes = [(12, 4, 3, 3), (6, 12, 3, 3), (36, 12, 1, 1), (40, 3, 1, 1), (9, 1, 1, 1), (1, 9, 1, 1)]
     layouts = torch.channels_last, torch.contiguous_format
     ours = [nn.Parameter(torch.randn(size).to(memory_format=kind)) for size in shapes for kind in layouts]
     before = [weight.detach().flatten(1).clone() for weight in ours]

@@ -105,6 +105,18 @@ def test_training_and_sampling_are_measured(tiny, lesson3, lesson4):
         assert 2 * sum(guided) == steps
 
 
+def test_a_round_makes_the_calls_of_a_task(tiny, monkeypatch):
+    """And its images a second are those of all its calls."""
+    made, competitor = [], measure_speed.Competitor("ours", measure_speed.TIMED, tiny)
+    task = measure_speed.Task("", competitor, lambda *_: lambda: made.append(0), calls=3)
+    monkeypatch.setattr(measure_speed, "count_operations", lambda run: 0)
+    monkeypatch.setattr(measure_speed, "interleave", lambda runs, *_: {name: [0.5] for name in runs})
+    monkeypatch.setattr(measure_speed, "optimizer_share", lambda run, device: 0)
+    (row,) = measure_speed.measure([task], CPU, 10, {None: 1}, 1, 0)
+    assert len(made) == 3  # to start up
+    assert row["rate"] == 10 * 3 / 0.5
+
+
 def test_the_tables(monkeypatch, capsys):
     """All that is to be measured, and how it is printed."""
     row = {"rate": 1.5, "operations": 3e9, "of_peak": 0.4, "optimizer": 0.05}
