@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
     between: bool = False  # lesson 3's distribution of the noise levels, in the place of EDM's
     own_block: bool = False  # lesson 3's: group norm, scale and shift behind it, a silent start
     averaged: bool = False  # it is the average of the weights that samples
-    muon: bool = False  # and lesson 3's schedule
+    muon: float = 0.0  # with lesson 3's schedule: AdamW's highest learning rate beside it
     attention: bool = False
     guidance: float = 0.0  # if any, labels are dropped in training
     below: float = math.inf  # sigma from which on it guides
@@ -70,10 +70,11 @@ CHANGES = {
     "group norm, scale and shift after it": {"own_block": True},
     "an average of the weights": {"averaged": True},
     "batches of 64": {"batch_size": 64},
-    "Muon": {"muon": True},
+    "Muon": {"muon": 2e-3},
     "attention": {"attention": True},
     "guidance": {"guidance": lesson4.GUIDANCE},
     "guidance below a noise level": {"below": lesson4.GUIDED_BELOW},
+    "batches of 32, half the learning rates": {"batch_size": 32, "muon": 1e-3},
 }
 RECIPES = dict(zip(CHANGES, accumulate(CHANGES.values(), lambda before, change: before | change), strict=True))
 RECIPES = {name: Recipe(**changes) for name, changes in RECIPES.items()}
@@ -161,7 +162,7 @@ def train(recipe, run, dataset, share_done):
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     seen, schedule = 0, lesson3.schedule
     if recipe.muon:
-        optimizers = lesson3.make_optimizers(denoiser, lesson3.PRESETS[recipe.preset].max_lr)
+        optimizers = lesson3.make_optimizers(denoiser, recipe.muon)
     else:
         max_lr = 0.01 * (recipe.batch_size / 512) ** 0.5
         optimizers = [torch.optim.Adam(denoiser.parameters(), max_lr, eps=1e-5, fused=True)]

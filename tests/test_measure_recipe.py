@@ -31,7 +31,8 @@ def tiny(lesson3, monkeypatch):
 def test_the_rungs_lead_from_the_lecture_to_lesson_4(lesson3, lesson4, tiny):
     assert len(set(RECIPES)) == len(measure_recipe.CHANGES)
     top = RECIPES[-1]
-    assert top.batch_size == lesson3.PRESETS["small"].batch_size
+    small = lesson3.PRESETS["small"]
+    assert (top.batch_size, top.muon) == (small.batch_size, small.max_lr)
     ours = lesson3.make_denoiser(tiny, lesson4.MODEL, CPU)
     same = measure_recipe.make_denoiser(top, tiny, CPU)
     assert type(same) is lesson3.Denoiser
