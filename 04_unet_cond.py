@@ -285,7 +285,7 @@ def blend(denoiser, one, other, steps):
 def show_blend():
     denoiser, run = load()
     n, steps, rows, largest = len(run.classes), 9, [], []
-    pairs = [(one % n, other % n) for one, other in ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6))]
+    pairs = ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6)) if n >= 10 else [(one, (one + 1) % n) for one in range(n)]
     names = [f"{run.classes[one]} to\n{run.classes[other]}" for one, other in pairs]
     label = torch.arange(steps, device=denoiser.device)
     for one, other in pairs:

@@ -1,6 +1,7 @@
 """Lesson 4: attention where it is asked for, labels, guidance."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,17 @@ def test_blended_labels_lead_from_class_to_class(lesson3, lesson4, cond_unet, in
     middle = blended.embed_label.weight[1]
     torch.testing.assert_close(middle, (cond_unet.embed_label.weight[0] + cond_unet.embed_label.weight[2]) / 2)
     assert blended.embed_label is not cond_unet.embed_label
+
+
+@pytest.mark.parametrize("n", [2, 4, 9, 10, 11])
+def test_each_row_leads_from_one_class_to_another(lesson4, monkeypatch, n):
+    rows, run = [], SimpleNamespace(classes=tuple(map(str, range(n))), data="pictures")
+    monkeypatch.setattr(lesson4, "load", lambda: (SimpleNamespace(device="cpu"), run))
+    monkeypatch.setattr(lesson4, "blend", lambda denoiser, one, other, steps: rows.append((one, other)))
+    monkeypatch.setattr(lesson4, "guide", lambda *inputs: None)
+    monkeypatch.setattr(lesson4, "follow", lambda denoise, starts: torch.rand(len(starts), 1, 4, 4))
+    lesson4.show_blend()
+    assert rows and all(one != other and max(one, other) < n for one, other in rows)
 
 
 def test_caught_weights_are_those_of_the_layer(lesson3, lesson4, cond_unet):
