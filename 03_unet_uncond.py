@@ -868,7 +868,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     # widths, depth, groups, patch, attention_levels, head_dim, batch_size, max_lr, epochs
-    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 32, 1e-3, 3),
+    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 32, 7e-4, 3),
     "lecture": Preset((32, 64, 128, 256), 2, 2, 1, (1, 2, 3), 8, 256, 2e-3, 25),
 }
 

@@ -74,7 +74,7 @@ CHANGES = {
     "attention": {"attention": True},
     "guidance": {"guidance": lesson4.GUIDANCE},
     "guidance below a noise level": {"below": lesson4.GUIDED_BELOW},
-    "batches of 32, half the learning rates": {"batch_size": 32, "muon": 1e-3},
+    "batches of 32, a third of the learning rates": {"batch_size": 32, "muon": 7e-4},
 }
 RECIPES = dict(zip(CHANGES, accumulate(CHANGES.values(), lambda before, change: before | change), strict=True))
 RECIPES = {name: Recipe(**changes) for name, changes in RECIPES.items()}
