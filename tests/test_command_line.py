@@ -55,7 +55,7 @@ def run_untouched(lesson3, monkeypatch, capsys):
 @pytest.fixture
 def run(lesson3, run_untouched, monkeypatch):
     """The same with a quick network, in float32."""
-    quick = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
+    quick = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8, max_lr=2e-3)
     monkeypatch.setitem(lesson3.PRESETS, "small", quick)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", quick._replace(patch=1, widths=(8, 16, 16, 16)))
     monkeypatch.setattr(lesson3, "choose_precision", lambda device: None)
