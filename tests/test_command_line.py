@@ -25,6 +25,7 @@ from data import fashion_mnist, load
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "garments", "--epochs", "0.012", "--batch-size", "10", "--steps", "2", "--n", "2", "--device", "cpu"]
+QUICK = {"widths": (8, 16), "groups": 4, "head_dim": 8, "max_lr": 2e-3}  # in the place of the preset's
 FILES = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.png"]
 
 
@@ -55,7 +56,7 @@ def run_untouched(lesson3, monkeypatch, capsys):
 @pytest.fixture
 def run(lesson3, run_untouched, monkeypatch):
     """The same with a quick network, in float32."""
-    quick = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8, max_lr=2e-3)
+    quick = lesson3.PRESETS["small"]._replace(**QUICK)
     monkeypatch.setitem(lesson3.PRESETS, "small", quick)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", quick._replace(patch=1, widths=(8, 16, 16, 16)))
     monkeypatch.setattr(lesson3, "choose_precision", lambda device: None)

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_command_line import TINY, run, run_untouched  # noqa: F401  fixtures
+from test_command_line import QUICK, TINY, run, run_untouched  # noqa: F401  fixtures
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = [*TINY, "--batch-size", "8", "--n", "1"]  # 15 steps
-DRIVER = """
+DRIVER = f"""
 import importlib, sys
 
 lesson3, lesson4 = (importlib.import_module(name) for name in ("03_unet_uncond", "04_unet_cond"))
-lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
+lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(**{QUICK})
 lesson3.choose_precision = lambda device: None
 sys.argv[0] = lesson4.__file__
 lesson4.main()
