@@ -1,18 +1,12 @@
 """Lesson 1: a number becomes a vector.
 
-A diffusion network must be told how noisy its input is. One number is a poor way to say so; a row of sines and cosines,
-fast ones and slow ones, is better (Vaswani et al. 2017, section 3.5; lecture section "time embedding").
+A diffusion network needs to know how noisy its input is. A single number is a poor way to say so; a row of sines and
+cosines, fast ones and slow ones, is better (Vaswani et al. 2017, section 3.5; lecture section "time embedding").
 
     python 01_time_embedding.py [--out DIR]
 """
 
-import argparse
-import io
 import math
-import os
-import sys
-import tempfile
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
@@ -20,29 +14,20 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 120})
-plt.rcParams.update({"image.cmap": "gray", "image.interpolation": "nearest"})
-
-
-def section(show):
-    """Run a section's function at once where cells (`# %%`) are run one by one, at a prompt (there, Python sets
-    sys.ps1), so that its picture appears under its cell. Elsewhere `main` runs it."""
-    if show.__module__ == "__main__" and hasattr(sys, "ps1"):
-        show()
-    return show
+import lesson_tools as tools
 
 
 # %% 1. A clock
-# One diffusion network takes away noise of every strength, and what is to be done depends on the strength. So it is
-# told a time step, from 0 to 999. From 0 to 10 the noise becomes nearly five times as strong (Ho et al. 2020), but as
-# one number, 10 is nearly the same as 0: a hundredth of the way from the first time to the last. A network that is to
-# treat the two very differently needs very large weights, and it is slow to find them (Tancik et al. 2020).
+# One diffusion network removes noise at every level, and what it must do depends on the level. So it gets a time step,
+# from 0 to 999. From 0 to 10 the noise becomes nearly five times as strong (Ho et al. 2020), but as a single number, 10
+# is nearly the same as 0: a hundredth of the way from the first time to the last. A network that is to treat the two
+# very differently needs very large weights, and is slow to find them (Tancik et al. 2020).
 #
-# Clocks have solved this. The second hand tells neighbouring moments apart, the hour hand tells three from nine, and no
-# hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its frequency
-# (an angle in radians; a full turn takes 2π / frequency). Every hand is slower than the one before it by one and the
-# same factor: the frequencies are powers of one number, with evenly spaced exponents.
-@section
+# Clocks solved this long ago. The second hand tells neighbouring moments apart, the hour hand tells three from nine,
+# and no hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its
+# frequency (an angle in radians; a full turn takes 2π / frequency). Each hand is slower than the one before it by a
+# constant factor: the frequencies are powers of one number, with evenly spaced exponents.
+@tools.section
 def show_clock():
     times = torch.tensor([50.0, 51.0, 900.0])
     angles = times[:, None] * 10_000 ** -torch.linspace(0, 1, 8)  # 3 8: a row for each time, a column for each hand
@@ -52,7 +37,7 @@ def show_clock():
         axis.set(theta_offset=math.pi / 2, theta_direction=-1, xticks=[], yticks=[], ylim=(0, 1))
     for axis, time in zip(axes[:, 0], times, strict=True):
         axis.set_ylabel(f"t = {time:.0f}", labelpad=18)
-    figure.suptitle("A time is the position of eight hands: the fast ones tell 50 from 51, the slow ones 50 from 900")
+    figure.suptitle("Eight hands show the time: fast ones tell 50 from 51, slow ones 50 from 900")
     return figure
 
 
@@ -70,7 +55,7 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
         got = f"shape {tuple(timesteps.shape)}, {dim} and {max_period}"
         raise ValueError(f"need timesteps of shape (n,), dim >= 2 and a finite max_period >= 1, got {got}")
     dtype = timesteps.dtype if timesteps.is_floating_point() else torch.float32
-    t = timesteps.to(torch.promote_types(dtype, torch.float32))  # in half precision, an angle near 1000 is off by 0.25
+    t = timesteps.to(torch.promote_types(dtype, torch.float32))  # in bfloat16, an angle near 1000 is off by up to 2
     exponents = torch.linspace(0, 1, dim // 2, dtype=t.dtype, device=t.device)  # dim/2, evenly spaced
     frequencies = max_period**-exponents  # dim/2; the lecture writes exp(-log(max_period) * exponents), the same
     angles = t[:, None] * frequencies  # n dim/2: one row for each time, one column for each hand
@@ -79,7 +64,7 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
 
 
 # The lecture's size: 100 times, 16 columns.
-@section
+@tools.section
 def show_steps():
     t, exponents = torch.arange(100.0), torch.linspace(0, 1, 8)
     matrix = timestep_embedding(t, 16)  # 100 16
@@ -105,48 +90,44 @@ def distances(rows, origin):
     return (rows - rows[origin]).norm(dim=1) / (rows[-1] - rows[0]).norm()
 
 
-@section
+@tools.section
 def show_distances():
     t = torch.arange(1001.0)
     lines = {"as one number": distances(t[:, None], 370), "as 64 columns": distances(timestep_embedding(t, 64), 370)}
-    figure, axes = plt.subplots(figsize=(8, 3.6))
-    for (name, distance), style in zip(lines.items(), ("k--", "k-"), strict=True):
+    for name, distance in lines.items():
         print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
-        axes.plot(t, distance, style, label=name)
-    axes.set(xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
-    axes.legend()
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    figure.suptitle(f"Embedded, 380 is {ratio:.0f} times as far from 370; farther away, distances grow slowly")
-    return figure
+    title = f"Embedded, 380 is {ratio:.0f} times as far from 370; farther away, distances grow slowly"
+    return tools.plot_curves(title, t, lines, xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
 
 
 # %% 4. max_period must fit the range of t
 # It says how slow the slowest hand is, whose full turn takes 2π · max_period. If it is small for the range of t, even
 # that hand goes round more than once, and none tells early from late. If it is large, the slow hands hardly leave their
-# place, and their columns say nothing. The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017);
-# diffusion models took it over for t = 0, 1, ..., 999. The lecture keeps it, too, though its conditional model
-# (notebook 28) puts in t from 0 to 1, where most columns stand still.
-@section
+# place, and their columns barely vary. The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017);
+# diffusion models took it over for t = 0, 1, ..., 999. The lecture keeps it too, though its conditional model
+# (notebook 28) puts in t from 0 to 1, where most columns barely vary.
+@tools.section
 def show_max_period():
     figure, axes = plt.subplots(1, 4, figsize=(8, 3), sharey=True)
     for axis, (last, max_period) in zip(axes, ((99, 10), (99, 100), (99, 10_000), (1, 10_000)), strict=True):
         matrix = timestep_embedding(torch.linspace(0, last, 100), 16, max_period)
         axis.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, extent=(0, last, 15.5, -0.5))
         still = int((matrix.amax(dim=0) - matrix.amin(dim=0) < 0.02).sum())  # less than 1 % of a swing from -1 to 1
-        print(f"   t from 0 to {last}, max_period {max_period}: {still} of 16 columns stand still")
+        print(f"   t from 0 to {last}, max_period {max_period}: {still} of 16 columns barely vary")
         axis.set(xlabel="t", title=f"max_period {max_period}:\n{still} of 16 still")
     axes[0].set_ylabel("column")
-    figure.suptitle("Too small: no slow columns. Too large for the range of t: columns that stand still")
+    figure.suptitle("Too small: no slow columns. Too large for the range of t: columns that barely vary")
     return figure
 
 
 # %% 5. An aside: "3 later" is a rotation
 # The U-Net makes no use of it, but transformers were given it for their positions. "3 later" turns each hand by an
 # angle of its own, whatever the time is. And turning is linear: sin(a + b) and cos(a + b) are sums of sin(a) and
-# cos(a), with weights that depend on b alone. So it is one matrix for all times, and a single linear layer can learn
-# it. To turn two embeddings alike changes neither their lengths nor the angle between them; so their dot product cannot
-# depend on when they are, but only on how far apart: it is the sum of cos(frequency * distance).
-def rotation(shift, dim, max_period=10_000):
+# cos(a), with weights that depend on b alone. So it is the same matrix for all times, and a single linear layer can
+# learn it. Turning two embeddings alike changes neither their lengths nor the angle between them. So their dot product
+# depends only on how far apart they are, not on when: it is the sum of cos(frequency * distance).
+def shift_matrix(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t; dim is even
     (Vaswani et al. 2017, section 3.5, choose the sines for this)."""
     sines, cosines = timestep_embedding(torch.tensor([shift], dtype=torch.float64), dim, max_period)[0].chunk(2)
@@ -155,13 +136,13 @@ def rotation(shift, dim, max_period=10_000):
     return torch.cat([to_sines, to_cosines])
 
 
-@section
-def show_rotation():
+@tools.section
+def show_shift():
     t = torch.arange(100, dtype=torch.float64)
     embedding = timestep_embedding(t, 64)
-    error = (embedding[:-3] @ rotation(3, 64).T - embedding[3:]).abs().max()
+    error = (embedding[:-3] @ shift_matrix(3, 64).T - embedding[3:]).abs().max()
     dots = embedding @ embedding.T  # 100 100
-    print(f"   embedding(t + 3) and rotation(3) @ embedding(t): largest difference {error:.0e}")
+    print(f"   embedding(t + 3) and shift_matrix(3) @ embedding(t): largest difference {error:.0e}")
     print("   dot products, 10 apart:", *(f"{dots[i, i + 10]:.6f}" for i in (0, 30, 60)))
     figure, axes = plt.subplots(figsize=(6, 4.2))
     figure.colorbar(axes.imshow(dots.numpy()), ax=axes)
@@ -171,8 +152,8 @@ def show_rotation():
 
 
 # %% 6. From the embedding to a layer: scale and shift
-# After the embedding stands a small network, as in the lecture (whose own begins with batch norm and activation): what
-# the hands say becomes what is useful to know. It runs once for the whole U-Net.
+# A small network follows; it turns raw sines into useful features. (The lecture's own begins with batch norm and an
+# activation.) It runs once for the whole U-Net.
 class TimeEmbedding(nn.Module):
     """Times `(n,)` to vectors `(n, 4 * dim)`: sines and cosines in dim columns, then two linear layers."""
 
@@ -186,11 +167,11 @@ class TimeEmbedding(nn.Module):
         return self.linear2(F.silu(h))  # SiLU, x · sigmoid(x), is a smooth ReLU
 
 
-# The vector is one for a whole image, while a convolution works on pixels. So a linear layer in each block turns it
-# into two numbers for each channel, the same for all its pixels. What a channel has found can so be turned up at one
-# time and switched off at another. Lesson 3, section 8, puts the layer into a residual block, and says why there.
+# There is one vector for a whole image, while a convolution works on pixels. So a linear layer in each block turns it
+# into two numbers for each channel, the same for all its pixels: a channel can be amplified at one time and switched
+# off at another. Section 8 of 03 puts this layer into a residual block, and says why there.
 class ScaleShift(nn.Module):
-    """Multiplies and shifts each channel by what the vector says (Dhariwal and Nichol 2021, section 3.1)."""
+    """Scales and shifts each channel, as the vector says (Dhariwal and Nichol 2021, section 3.1)."""
 
     def __init__(self, embedding_dim, channels):
         super().__init__()
@@ -202,124 +183,26 @@ class ScaleShift(nn.Module):
         return (1 + scale) * x + shift  # scale = shift = 0 leaves x as it is
 
 
-@section
+@tools.section
 def show_scale_shift():
     torch.manual_seed(0)
     embed, layer = TimeEmbedding(dim=16), ScaleShift(4 * 16, channels=4)
-    nn.init.normal_(layer.linear.weight, std=1.5)  # a new layer hardly moves; this one's weights are larger, to be seen
+    nn.init.normal_(layer.linear.weight, std=1.5)  # a new layer changes little; these larger weights make it visible
     t = torch.linspace(0, 100, 6)
     x = F.interpolate(torch.randn(1, 4, 4, 4), size=(16, 16), mode="bicubic").expand(6, -1, -1, -1)  # smooth blobs
     with torch.no_grad():
         y = layer(x, embed(t))  # 6 4 16 16
     print(f"   t {tuple(t.shape)} -> embedding {tuple(embed(t).shape)}; x {tuple(x.shape)} -> {tuple(y.shape)}")
-    moved = (y - y[0]).flatten(1).norm(dim=1) / y[0].norm()
-    figure, axes = plt.subplots(figsize=(8, 5.6))
-    axes.imshow(rearrange(y, "t c h w -> (c h) (t w)").numpy())
-    axes.set_xticks(range(8, 96, 16), [f"t = {time:.0f}" for time in t])
-    axes.set_yticks(range(8, 64, 16), [f"channel {channel}" for channel in range(4)])
-    figure.suptitle(f"Untrained, large weights: one input at six times, up to {moved.max():.0%} away from t = 0")
-    return figure
-
-
-# %% What the other lessons share
-def plot_lines(axes, x, lines, **labels):
-    """Up to three curves over x, by name, that differ without colour too; few points are marked, and have their ticks.
-    labels: what `axes.set` takes."""
-    for (name, y), color, line in zip(lines.items(), ("black", "tab:orange", "0.5"), ("-", "--", "-."), strict=False):
-        axes.plot(x, y, line, color=color, marker="o" if len(x) < 25 else None, label=name)
-    axes.set(**labels)
-    axes.legend()
-    if len(x) < 12:
-        axes.set_xticks(x, [f"{value:g}" for value in x])
-        axes.minorticks_off()
-
-
-def plot_image(axes, image, title, **options):
-    """An image `(h, w)` under its title."""
-    axes.set_title(title, fontsize=10)
-    axes.set(xticks=[], yticks=[])
-    axes.imshow(image.numpy(), **options)
-
-
-def plot_images(axes, images, columns, rows=(), titles=()):
-    """Images `(n, 1, h, w)` in [-1, 1] in a grid, row by row, with a name for each row and each column if given."""
-    _, _, height, width = images.shape
-    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=-1)  # what is missing is background
-    grid = rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
-    axes.imshow(grid.numpy(), vmin=-1, vmax=1)
-    axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(titles))], titles)
-    axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
-    axes.xaxis.tick_top()
-    axes.vlines(torch.arange(1, columns) * width - 0.5, -0.5, len(grid) - 0.5, color="0.4", linewidth=0.5)
-    axes.hlines(torch.arange(height, len(grid), height) - 0.5, -0.5, grid.shape[1] - 0.5, color="0.4", linewidth=0.5)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-
-
-def plot_grid(title, images, columns, rows=(), titles=()):
-    """A figure of such a grid alone."""
-    scale = min(12, max(4, 0.8 * columns)) / columns  # inches an image
-    width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
-    figure, axes = plt.subplots(figsize=(max(8, width), height + 0.3 * bool(titles)))
-    plot_images(axes, images, columns, rows, titles)
-    figure.suptitle(title)
-    return figure
-
-
-def write(path, save):
-    """Let save(buffer) make a file's content, and write it, all or nothing: what was there stays until all is there.
-    Raises OSError, with path and reason, where it can't be written."""
-    buffer, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
-    save(buffer)
-    try:
-        part.write_bytes(buffer.getvalue())
-        part.replace(path)
-    except OSError as error:
-        raise OSError(f"{path}: can't be written ({error.strerror})") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_picture(figure, path):
-    """Write the figure, say so, and close it."""
-    write(path, figure.savefig)
-    print(f"wrote {path}")
-    plt.close(figure)
-
-
-def run_sections(script, out):
-    """Run the show_ functions of a script, a dictionary of its names, in their order; pictures go to the folder out."""
-    out.mkdir(parents=True, exist_ok=True)
-    shows = {name.removeprefix("show_"): value for name, value in script.items() if name.startswith("show_")}
-    for number, (name, show) in enumerate(shows.items(), 1):
-        print(f"\n{number}. {name.replace('_', ' ')}")
-        if figure := show():
-            save_picture(figure, out / f"{number:02}_{name}.png")
-
-
-def folder(text):
-    """For argparse: a folder to write to, made where there is none. Better to know now than after the training."""
-    try:
-        Path(text).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=text).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"must be a folder that can be written to ({error})") from error
-    return Path(text)
-
-
-def make_parser(script, description):
-    """The command line that all scripts have: --out DIR. script: its `__file__`; description: its docstring."""
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
-    out = Path(script).resolve().parent / "runs" / Path(script).stem
-    parser.add_argument("--out", type=folder, default=str(out), metavar="DIR", help="folder to write to (%(default)s)")
-    return parser
+    pictures, rows = rearrange(y, "t c h w -> (c t) 1 h w"), [f"channel {channel}" for channel in range(4)]
+    title = "The same input, rescaled differently at each time (untrained)"
+    return tools.plot_grid(title, pictures / pictures.abs().max(), 6, rows, [f"t = {time:.0f}" for time in t])
 
 
 # %% The command
 def main():
-    options = make_parser(__file__, __doc__).parse_args()
-    run_sections(globals(), options.out)
+    options = tools.make_parser(__file__, __doc__).parse_args()
+    tools.run_sections(globals(), options.out)
 
 
-if __name__ == "__main__" and not hasattr(sys, "ps1"):
-    main()
+if __name__ == "__main__":
+    tools.run_command(main)

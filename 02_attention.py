@@ -6,10 +6,7 @@ depend on what the pixels hold (Vaswani et al. 2017; lecture section "self-atten
     python 02_attention.py [--out DIR]
 """
 
-import functools
-import importlib
 import math
-import sys
 import time
 
 import matplotlib.pyplot as plt
@@ -19,21 +16,19 @@ import torch.nn.functional as F
 from einops import EinopsError, rearrange
 from torch import nn
 
-import data
-
-lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` is no Python: no name begins with a digit
+import lesson_tools as tools
 
 
 # %% 1. A weighted average
 # Attention works on a sequence of tokens, rows of numbers. Each token has a query (what it looks for), a key (what it
 # offers to be found by) and a value (what it has to say). How well a query fits a key is their dot product, the score.
 # Softmax turns the scores of one query into weights, and with these the token averages the values of all tokens: it
-# *hears* them, we say.
+# *attends to* them.
 #
 # Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; s tokens, each d wide;
 # (h w) is one axis. `.mT` swaps the last two.
 def attention_weights(q, k):
-    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i hears of each; its sum is 1
+    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i attends to each; its sum is 1
     (Vaswani et al. 2017, section 3.2.1)."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 5 says why they are divided
     return scores.softmax(dim=-1)
@@ -46,7 +41,7 @@ def attention(q, k, v):
 
 # Weights that are not negative and sum to one keep every average between the smallest and the largest value of its
 # channel. So however many layers follow each other, it is not the averaging that makes activations run away.
-@lesson1.section
+@tools.section
 def show_average():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 64, 16)  # s d, each
@@ -80,19 +75,9 @@ def patch_tokens(images):
     return F.layer_norm(patches, patches.shape[-1:])
 
 
-@functools.cache
-def load_one_of_each():
-    """One test image of each class, `(classes, 1, 28, 28)` in [-1, 1], the classes' names, and the data set's name:
-    Fashion-MNIST where it lies on the disk, otherwise garments that are drawn here."""
-    test = data.load("auto", "test", download=False)
-    labels, firsts = np.unique(test.labels, return_index=True)
-    images = torch.from_numpy(test.images[firsts])[:, None] / 127.5 - 1  # n 1 h w
-    return F.interpolate(images, size=(28, 28)), [test.classes[label] for label in labels], test.name
-
-
-@lesson1.section
+@tools.section
 def show_one_pixel():
-    images, classes, name = load_one_of_each()
+    images, classes, name = tools.load_one_of_each()
     row, columns = 18, torch.arange(28)
     figure, axes = plt.subplots(2, 4, figsize=(8, 4.7))
     for i, (above, below) in zip((1, 4, 6, 7), axes.T, strict=True):
@@ -103,20 +88,20 @@ def show_one_pixel():
         distant = (columns - column).abs() > 5
         share = weights[:, distant].sum()
         print(f"   {classes[label]}: {share:.0%} is over five columns away: no 11 × 11 convolution gets there")
-        lesson1.plot_image(above, images[label, 0], classes[label])
-        lesson1.plot_image(below, weights, f"{share:.0%} is far away", cmap="gray_r")
+        tools.plot_image(above, images[label, 0], classes[label])
+        tools.plot_image(below, weights, f"{share:.0%} is far away", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
             axis.plot(column, row, "o", color=color, markerfacecolor="none", markersize=10)
-    figure.suptitle(f"The marked pixel hears those that look like it, however far away ({name})")
+    figure.suptitle(f"The marked pixel attends to those that look like it, however far away ({name})")
     return figure
 
 
 # %% 3. Why at all: the rabbit's ear
 # One ear of a rabbit has its colour: how does the other ear, on the far side of the image, get the same? Convolutions
-# of 3×3 pixels carry it one pixel a layer. What an output pixel depends on (here, one of a garment's) is told by its
-# gradient with respect to each input pixel: where no path leads, it is exactly zero.
-def influence(layer, x, row, column):
-    """How much each pixel of x `(n, c, h, w)` bears on one pixel of `layer(x)`: the size of the gradient, `(h, w)`."""
+# of 3×3 pixels carry it one pixel per layer. The gradient shows what an output pixel depends on (here, one of a
+# garment's): with respect to a pixel that it can't be reached from, it is exactly zero.
+def input_gradient(layer, x, row, column):
+    """How much one pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the size of the gradient, `(h, w)`."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(layer(x)[:, :, row, column].sum(), x)
     return gradient.abs().sum(dim=(0, 1))
@@ -128,28 +113,28 @@ def pixel_attention(x):
     return to_image(attention(tokens, tokens, tokens), x.shape[2])
 
 
-@lesson1.section
+@tools.section
 def show_reach():
     torch.manual_seed(0)
-    images, _, name = load_one_of_each()
+    images, _, name = tools.load_one_of_each()
     x = nn.Conv2d(1, 16, 1)(images[-1:])  # n c h w
     convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(6)]
     layers = {f"{n} × 3×3": nn.Sequential(*convolutions[:n]) for n in (1, 2, 6)} | {"attention": pixel_attention}
     pictures, titles = [images[-1]], ["the image"]
     for kind, layer in layers.items():
-        gradient = influence(layer, x, 12, 10)
+        gradient = input_gradient(layer, x, 12, 10)
         seen = gradient.count_nonzero().item()
         print(f"   {kind}: depends on {seen} of {gradient.numel()} pixels")
         pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
         titles.append(f"{kind}\n{seen} pixels")
     title = f"What an output pixel depends on (log scale): neighbours, or everything ({name})"
-    return lesson1.plot_grid(title, torch.stack(pictures), 5, titles=titles)
+    return tools.plot_grid(title, torch.stack(pictures), 5, titles=titles)
 
 
 # %% 4. What flattening loses
 # What is lost is which tokens were neighbours. Attention has no notion of a place, so permuting its input permutes its
 # output and does nothing else. A U-Net can live with that, because the convolutions around the attention have put
-# something of its neighbourhood into each pixel. A transformer (section 12) has to be told the places.
+# something of its neighbourhood into each pixel. A transformer (section 12) needs to be given the positions.
 def permute_pixels(x, order):
     """Pixel i of the result is pixel order[i] of x `(n, c, h, w)`, counted row after row."""
     return to_image(to_tokens(x)[:, order], x.shape[2])
@@ -160,10 +145,10 @@ def relative_error(result, expected):
     return ((result - expected).abs().max() / expected.abs().max()).item()
 
 
-@lesson1.section
+@tools.section
 def show_shuffled_pixels():
     torch.manual_seed(0)
-    images, _, name = load_one_of_each()
+    images, _, name = tools.load_one_of_each()
     x = nn.Conv2d(1, 8, 1)(images[-1:]).detach().double()  # n c h w: eight channels, each pixel for itself
     order, pictures = torch.randperm(28 * 28), []
     layers = {"attention": pixel_attention, "convolution": nn.Conv2d(8, 8, 3, padding=1).double()}
@@ -175,41 +160,34 @@ def show_shuffled_pixels():
         pictures += [2 * (part[0, :1] - low) / (high - low) - 1 for part in (plain, shuffled, restored)]
     titles = ("of the garment", "of shuffled pixels", "put back in order")
     title = f"Attention can't tell neighbours from strangers ({name})"
-    return lesson1.plot_grid(title, torch.stack(pictures), 3, list(layers), titles)
+    return tools.plot_grid(title, torch.stack(pictures), 3, list(layers), titles)
 
 
 # %% 5. Why the scores are divided by √d
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, it has
 # variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to one
-# winner. The nearer it comes to that, the less a small change of the scores changes the weights, and the less queries
-# and keys can learn.
-def entropy(weights):
-    """Of each row of weights `(..., s)`, in bits: 0 where one token has all, log2(s) where all have the same."""
-    return -torch.xlogy(weights, weights).sum(dim=-1) / math.log(2)  # xlogy: w log w, and 0 log 0 is 0
-
-
-@lesson1.section
+# winner. The closer softmax is to one-hot, the smaller its gradient, and the less queries and keys can learn.
+@tools.section
 def show_division():
     torch.manual_seed(0)
-    dims, bits = (4, 8, 16, 32, 64, 128, 256), {"undivided": [], "divided by √d": []}
+    dims, largest = (4, 8, 16, 32, 64, 128, 256), {"undivided": [], "divided by √d": []}
     for d in dims:
         q, k = torch.randn(2, 256, d)  # s d, each
-        for name, scores in zip(bits, (q @ k.mT, q @ k.mT / math.sqrt(d)), strict=True):
+        for name, scores in zip(largest, (q @ k.mT, q @ k.mT / math.sqrt(d)), strict=True):
             weights = scores.softmax(dim=-1)  # s s
-            bits[name].append(entropy(weights).mean())
-            print(f"   d {d:3} {name:14} spread {scores.std():5.2f}, {bits[name][-1]:.2f} bits")
-    figure, axes = plt.subplots(figsize=(7, 3.6))
-    lesson1.plot_lines(axes, dims, bits, xscale="log", xlabel="width d", ylabel="entropy of the weights (bits)")
-    figure.suptitle("256 tokens: where they are wide, undivided scores leave about one winner")
-    return figure
+            largest[name].append(weights.amax(dim=-1).mean())
+            print(f"   d {d:3} {name:14} standard deviation {scores.std():5.2f}, largest weight {largest[name][-1]:.2f}")
+    title = "Undivided scores of wide tokens leave one winner among 256"
+    labels = {"xscale": "log", "xlabel": "width d", "ylabel": "largest weight (mean of 256 rows)", "ylim": (0, 1)}
+    return tools.plot_curves(title, dims, largest, **labels)
 
 
 # %% 6. A layer
 # A layer is a group norm, so that scores don't grow with x (lesson 3 says why this norm); three learned projections of
 # the same tokens (hence *self*-attention), the queries, keys and values; attention; an output projection; a residual.
 class SelfAttention(nn.Module):
-    """Every pixel hears all pixels, and adds what it hears to itself. Activations `(n, c, h, w)` in and out (Ho et al.
-    2020, appendix B)."""
+    """Every pixel attends to all pixels, and adds the average to itself. Activations `(n, c, h, w)` in and out (Ho et
+    al. 2020, appendix B)."""
 
     def __init__(self, channels, groups=1):
         super().__init__()
@@ -221,17 +199,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         tokens = to_tokens(self.norm(x))  # n (h w) c
-        heard = attention(self.q(tokens), self.k(tokens), self.v(tokens))  # n (h w) c, by weights n (h w) (h w)
-        return x + to_image(self.proj(heard), x.shape[2])  # n c h w
+        attended = attention(self.q(tokens), self.k(tokens), self.v(tokens))  # n (h w) c, by weights n (h w) (h w)
+        return x + to_image(self.proj(attended), x.shape[2])  # n c h w
 
 
 # Three projections of the same tokens are one with three times as many outputs: a single large matrix product keeps a
 # computer busier than three small ones. From section 8 on, that is how it is done.
 #
 # The lecture looks at the standard deviation after its layer. In a new one, scores are small and weights nearly even,
-# and an average of many values varies much less than they do (what is left is mostly the biases). So the branch is
-# quiet, and nearly all of what comes out is what came in.
-@lesson1.section
+# and an average of many values varies much less than they do (what is left is mostly the biases). So the branch adds
+# little, and the output nearly equals the input.
+@tools.section
 def show_layer():
     torch.manual_seed(0)
     layer, x = SelfAttention(32, groups=4), torch.randn(2, 32, 16, 16)
@@ -241,17 +219,17 @@ def show_layer():
     q, k, v = F.linear(tokens, weight, bias).chunk(3, dim=-1)  # n (h w) (three c) -> n (h w) c, three times
     error = relative_error(v, layer.v(tokens))
     print(f"   with one projection {tuple(weight.shape)} instead of three: off by {error:.0e}")
-    heard = attention(q, k, v)
-    steps = {"x": x, "values": v, "averages": heard, "projected": layer.proj(heard), "x + projected": layer(x)}
+    averages = attention(q, k, v)
+    steps = {"x": x, "values": v, "averages": averages, "projected": layer.proj(averages), "x + projected": layer(x)}
     print("   standard deviations: " + ", ".join(f"{name} {step.std():.2f}" for name, step in steps.items()))
 
 
 # %% 7. rearrange
 # view moves no axis at all, permute moves them by number; rearrange moves them by name. So it can be read, and it can
 # check what it is given. Brackets on the left split an axis (give the sizes of its parts, all but one), on the right
-# they join axes; the last name in them runs fastest. Each entry: a shape, what rearrange is told, the same by hand.
+# they join axes; the last name in them runs fastest. Each entry: a shape, rearrange's arguments, the same by hand.
 TOKENS, IMAGES = (2, 64, 32), (2, 32, 8, 8)
-GALLERY = [
+EXAMPLES = [
     (TOKENS, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
     (IMAGES, "n c h w -> n (h w) c", {}, lambda x: x.permute(0, 2, 3, 1).reshape(2, 64, 32)),
     (TOKENS, "n s (heads d) -> n heads s d", {"heads": 4}, lambda x: x.view(2, 64, 4, 8).transpose(1, 2)),
@@ -265,9 +243,9 @@ GALLERY = [
 ]
 
 
-@lesson1.section
+@tools.section
 def show_rearrange():
-    for shape, pattern, sizes, by_hand in GALLERY:
+    for shape, pattern, sizes, by_hand in EXAMPLES:
         x = torch.randn(shape)
         y = rearrange(x, pattern, **sizes)
         print(f"   {pattern}: {shape} -> {tuple(y.shape)}, the same by hand: {torch.equal(y, by_hand(x))}")
@@ -275,31 +253,30 @@ def show_rearrange():
         rearrange(torch.zeros(TOKENS), "n s (heads d) -> n heads s d", heads=5)
     except EinopsError as error:
         print(f"   32 channels, 5 heads: {str(error).splitlines()[-1].strip()}")
-    images, _, name = load_one_of_each()
+    images, _, name = tools.load_one_of_each()
     tokens = rearrange(images[:6, 0], "n h w -> (h w) n")
     n = tokens.shape[1]
     pictures = torch.cat([rearrange(tokens, "(h w) n -> n h w", h=28), tokens.reshape(n, 28, 28)])[:, None]
     title = f"From tokens (h w) n: reshape gives wrong pixels without an error ({name})"
-    return lesson1.plot_grid(title, pictures, n, ["rearrange", "reshape"])
+    return tools.plot_grid(title, pictures, n, ["rearrange", "reshape"])
 
 
 # %% 8. Several heads
-# One set of weights makes one average, and that is all that a token hears. Several heads make several: each has
-# queries, keys and values of its own, d = c / heads wide, which are projections of *all* channels. What they hear is
-# joined.
-class TokenSelfAttention(nn.Module):
-    """Every token hears all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
+# One set of weights makes one average, and that is all a token gets. Several heads make several: each has queries,
+# keys and values of its own, d = c / heads wide, which are projections of *all* channels. Their averages are joined.
+class MultiHeadSelfAttention(nn.Module):
+    """Every token attends to all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
-    channels: c. heads: how many, each `channels // heads` wide. attend: how q, k and v become averages; section 11 has
-    a faster way. Raises ValueError where heads doesn't divide channels. (Vaswani et al. 2017, section 3.2.2; lecture
-    section "multi-head attention".)
+    channels: c. heads: how many, each `channels // heads` wide. attention_fn: turns q, k and v into averages; section
+    11 has a faster one. Raises ValueError if heads doesn't divide channels. (Vaswani et al. 2017, section 3.2.2;
+    lecture section "multi-head attention".)
     """
 
-    def __init__(self, channels, heads, attend=attention):
+    def __init__(self, channels, heads, attention_fn=attention):
         super().__init__()
         if heads < 1 or channels % heads:
             raise ValueError(f"the number of heads must divide the channels, got {heads} heads, {channels} channels")
-        self.heads, self.attend = heads, attend
+        self.heads, self.attention_fn = heads, attention_fn
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
@@ -308,42 +285,42 @@ class TokenSelfAttention(nn.Module):
         return rearrange(self.qkv(tokens), "n s (three heads d) -> three n heads s d", three=3, heads=self.heads)
 
     def weights(self, tokens):
-        """`(n, heads, s, s)`: row i says how much token i hears of each."""
+        """`(n, heads, s, s)`: row i says how much token i attends to each."""
         q, k, _ = self.split(tokens)
         return attention_weights(q, k)
 
     def forward(self, tokens):
-        heard = self.attend(*self.split(tokens))  # n heads s d
-        return self.proj(rearrange(heard, "n heads s d -> n s (heads d)"))
+        averages = self.attention_fn(*self.split(tokens))  # n heads s d
+        return self.proj(rearrange(averages, "n heads s d -> n s (heads d)"))
 
 
-class MultiHeadSelfAttention(nn.Module):
+class AttentionBlock(nn.Module):
     """The same for pixels, with norm and residual: activations `(n, c, h, w)` in and out.
 
-    groups: of the group norm. Raises ValueError where heads or groups don't divide channels.
+    groups: of the group norm. Raises ValueError if heads or groups don't divide channels.
     """
 
-    def __init__(self, channels, heads, groups=1, attend=attention):
+    def __init__(self, channels, heads, groups=1, attention_fn=attention):
         super().__init__()
         self.norm = nn.GroupNorm(groups, channels)
-        self.attention = TokenSelfAttention(channels, heads, attend)
+        self.attention = MultiHeadSelfAttention(channels, heads, attention_fn)
 
     def forward(self, x):
-        heard = self.attention(to_tokens(self.norm(x)))  # n (h w) c
-        return x + to_image(heard, x.shape[2])  # n c h w
+        attended = self.attention(to_tokens(self.norm(x)))  # n (h w) c
+        return x + to_image(attended, x.shape[2])  # n c h w
 
     def weights(self, x):
-        """`(n, heads, h w, h w)`: row i says how much pixel i hears of each."""
+        """`(n, heads, h w, h w)`: row i says how much pixel i attends to each."""
         return self.attention.weights(to_tokens(self.norm(x)))
 
 
 # The lecture folds the heads into the batch, `(n heads) s d`, and attends as if each head were an image. It is the
 # same: the product of matrices, too, treats all axes before the last two as a batch. (The lecture splits off the heads
 # before q, k and v, so the rows of its weights stand in another order; ours is that of PyTorch's class.)
-@lesson1.section
+@tools.section
 def show_heads():
     torch.manual_seed(0)
-    layer, tokens = TokenSelfAttention(32, heads=4), torch.randn(2, 64, 32)
+    layer, tokens = MultiHeadSelfAttention(32, heads=4), torch.randn(2, 64, 32)
     q, k, v = layer.split(tokens)  # n heads s d, each
     print(f"   tokens {tuple(tokens.shape)} -> q {tuple(q.shape)} -> weights {tuple(layer.weights(tokens).shape)}")
     folded = attention(*(rearrange(part, "n heads s d -> (n heads) s d") for part in (q, k, v)))  # (n heads) s d
@@ -351,12 +328,12 @@ def show_heads():
     error = relative_error(unfolded, attention(q, k, v))
     print(f"   the lecture's way {tuple(folded.shape)} -> {tuple(unfolded.shape)}: off by {error:.0e}")
     x = torch.randn(2, 32, 8, 8)
-    print(f"   for pixels: {tuple(x.shape)} -> {tuple(MultiHeadSelfAttention(32, heads=4, groups=4)(x).shape)}")
+    print(f"   for pixels: {tuple(x.shape)} -> {tuple(AttentionBlock(32, heads=4, groups=4)(x).shape)}")
 
 
 # %% 9. What heads are for
 # Every pixel of an image has a pattern of six numbers. Two pixels, at random places, are marked as the left and the
-# right ear; the answer, at every pixel, is both patterns, the left ear's first. One head hears one average of the two.
+# right ear; the answer, at every pixel, is both patterns, the left ear's first. One head gets one average of the two.
 # Its values are linear in the pixel, so both ears write into the same channels, and about half of the answer is lost.
 # Two heads look at one ear each.
 SIDE, PATTERN = 5, 6
@@ -379,7 +356,7 @@ def ear_error(model, images, answers):
 def train_ears(heads, steps=200):
     """A model that is asked for the ears, after its training."""
     torch.manual_seed(0)
-    layers = nn.Conv2d(PATTERN + 2, 24, 1), MultiHeadSelfAttention(24, heads), nn.Conv2d(24, 2 * PATTERN, 1)
+    layers = nn.Conv2d(PATTERN + 2, 24, 1), AttentionBlock(24, heads), nn.Conv2d(24, 2 * PATTERN, 1)
     model = nn.Sequential(*layers)
     optimizer = torch.optim.Adam(model.parameters())
     for step in range(steps):
@@ -391,14 +368,14 @@ def train_ears(heads, steps=200):
     return model.requires_grad_(False)
 
 
-@lesson1.section
+@tools.section
 def show_ears():
     images, answers = make_ears(1000)
     marks = images[:, -2:].flatten(2)  # n ears (h w)
     panels = {"the two ears": marks[0].sum(dim=0)}
     for heads in (1, 2):
         model = train_ears(heads)
-        weights = model[1].weights(model[0](images)).mean(dim=2)  # n heads (h w): the mean over all pixels that hear
+        weights = model[1].weights(model[0](images)).mean(dim=2)  # n heads (h w): the mean over all queries
         shares = (weights @ marks.mT).mean(dim=0)  # heads ears
         print(f"   {heads} head(s): error {ear_error(model, images, answers):.3f} on 1000 new images")
         for head, (left, right) in enumerate(shares, 1):
@@ -406,16 +383,12 @@ def show_ears():
             panels[f"head {head} of {heads}"] = weights[0, head - 1]
     pictures = torch.stack(list(panels.values())).view(-1, 1, SIDE, SIDE)  # weights, from 0 to 1
     title = "One head loses one of the ears, or mixes them; two heads keep them apart"
-    return lesson1.plot_grid(title, 2 * pictures - 1, 4, titles=list(panels))
+    return tools.plot_grid(title, 2 * pictures - 1, 4, titles=list(panels))
 
 
 # %% 10. Against PyTorch's own
-def to_torch(layer):
-    """PyTorch's class with a copy of our weights: tokens `(n, s, c)` in and out, without our norm and residual.
-
-    layer: a TokenSelfAttention, or a MultiHeadSelfAttention, which has one.
-    """
-    layer = layer.attention if isinstance(layer, MultiHeadSelfAttention) else layer
+def to_torch_mha(layer):
+    """PyTorch's `nn.MultiheadAttention` with a copy of the weights of our MultiHeadSelfAttention."""
     twin = nn.MultiheadAttention(layer.proj.in_features, layer.heads, batch_first=True)
     twin = twin.to(layer.qkv.weight)  # its type, its device
     state = {f"in_proj_{name}": parameter for name, parameter in layer.qkv.state_dict().items()}
@@ -425,12 +398,13 @@ def to_torch(layer):
 
 
 # PyTorch's class expects (s, n, c) unless batch_first=True says otherwise. Given (n, s, c), it can't see that anything
-# is wrong: it takes images for tokens and tokens for images. Each pixel then hears the same pixel of the other images.
-@lesson1.section
+# is wrong: it takes images for tokens and tokens for images. Each pixel then attends to the same pixel of the other
+# images.
+@tools.section
 def show_torch():
     torch.manual_seed(0)
-    layer, tokens = TokenSelfAttention(32, heads=4), torch.randn(3, 64, 32)  # n s c
-    twin, careless = to_torch(layer), nn.MultiheadAttention(32, num_heads=4)
+    layer, tokens = MultiHeadSelfAttention(32, heads=4), torch.randn(3, 64, 32)  # n s c
+    twin, careless = to_torch_mha(layer), nn.MultiheadAttention(32, num_heads=4)
     careless.load_state_dict(twin.state_dict())
     changed = tokens.clone()
     changed[1] += 1
@@ -442,7 +416,7 @@ def show_torch():
 
 
 # %% 11. The fused kernel, and where to put attention
-# Every pixel hears every pixel: twice the side is four times the tokens and sixteen times the weights. All weights of
+# Every pixel attends to every pixel: twice the side is four times the tokens and sixteen times the weights. All weights of
 # an image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022)
 # computes a block of weights, uses it and forgets it, and computes it anew for the backward pass. So it never holds
 # more than a block; and for large images it is faster although it computes more, as memory is slow. But it is still
@@ -472,7 +446,7 @@ def measure_seconds(layers, x, enough=0.5):
     return np.min(rounds, axis=0).tolist()
 
 
-def measure_kept(layer, x, *inputs):
+def saved_bytes(layer, x, *inputs):
     """Bytes that autograd keeps of `layer(x, *inputs)` for the backward pass, of one image and without parameters."""
     x = x[:1].detach().clone().requires_grad_()
     kept = {}  # by address: several views of one tensor count once
@@ -490,14 +464,14 @@ def measure_kept(layer, x, *inputs):
 
 def cost_layers(channels=64, heads=8):
     """What is compared: attention by hand, the same fused, and a convolution."""
-    by_hand, fused = (MultiHeadSelfAttention(channels, heads, attend=kind) for kind in (attention, fused_attention))
+    by_hand, fused = (AttentionBlock(channels, heads, attention_fn=kind) for kind in (attention, fused_attention))
     return {"by hand": by_hand, "fused": fused, "3×3 convolution": nn.Conv2d(channels, channels, 3, padding=1)}
 
 
 SIDES = (8, 16, 32, 64)
 
 
-@lesson1.section
+@tools.section
 def show_cost():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = {name: layer.to(device) for name, layer in cost_layers().items()}
@@ -508,12 +482,12 @@ def show_cost():
         x = torch.randn(n, 64, side, side, device=device, requires_grad=True)
         for name, value in zip(layers, measure_seconds(layers.values(), x), strict=True):
             seconds[name].append(1000 * value / n)
-            kept[name].append(measure_kept(layers[name], x) / 1e6)
+            kept[name].append(saved_bytes(layers[name], x) / 1e6)
         cells = ", ".join(f"{name} {seconds[name][-1]:.2f} ms {kept[name][-1]:.2f} MB" for name in layers)
         print(f"   {side:2} × {side:2}: {cells}")
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
     for axis, lines, label in zip(axes, (seconds, kept), ("milliseconds", "megabytes kept"), strict=True):
-        lesson1.plot_lines(axis, SIDES, lines, xlabel="side of the image", ylabel=label, xscale="log", yscale="log")
+        tools.plot_lines(axis, SIDES, lines, xlabel="side of the image", ylabel=label, xscale="log", yscale="log")
     ratios = ", ".join(f"{name} {values[-1] / values[-2]:.0f} times" for name, values in seconds.items())
     figure.suptitle(f"{SIDES[-1]} pixels a side instead of {SIDES[-2]} take: {ratios}", fontsize=11)
     return figure
@@ -524,7 +498,7 @@ def show_cost():
 # for all tokens. The two in turn, each with a norm and a residual, are a transformer. LayerNorm normalises each token
 # by itself.
 class TransformerBlock(nn.Module):
-    """Tokens `(n, s, c)` in and out. Raises ValueError where heads doesn't divide channels.
+    """Tokens `(n, s, c)` in and out. Raises ValueError if heads doesn't divide channels.
 
     Norm first, as in Dosovitskiy et al. 2021, section 3.1. It is the same function as `nn.TransformerEncoderLayer(
     channels, heads, 4 * channels, dropout=0, activation="gelu", batch_first=True, norm_first=True)`.
@@ -533,7 +507,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
-        self.attention = TokenSelfAttention(channels, heads, fused_attention)
+        self.attention = MultiHeadSelfAttention(channels, heads, fused_attention)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
 
@@ -546,7 +520,7 @@ class VisionTransformer(nn.Module):
     """Images `(n, channels_in, size, size)` to a score for each class, `(n, n_classes)`.
 
     A token is a patch of `patch × patch` pixels, and a learned vector says where it was (Dosovitskiy et al. 2021, who
-    classify one more token's output where we take the mean of all). Raises ValueError where patch doesn't divide size,
+    classify one more token's output where we take the mean of all). Raises ValueError if patch doesn't divide size,
     or heads doesn't divide channels.
     """
 
@@ -566,7 +540,7 @@ class VisionTransformer(nn.Module):
         return rearrange(x, "n c (h p1) (w p2) -> n (h w) (p1 p2 c)", p1=self.patch, p2=self.patch)
 
     def encode(self, x):
-        """What the transformer makes of each patch, `(n, s, c)`."""
+        """The transformer's output for each patch, `(n, s, c)`."""
         tokens = self.embed(self.to_patches(x)) + self.positions  # n s c
         return self.norm(self.blocks(tokens))
 
@@ -580,10 +554,10 @@ class VisionTransformer(nn.Module):
 # falls behind a convolutional net of as many parameters; pre-trained so on all 60,000, it makes up for four fifths of
 # the gap where 600 have labels, and for half of it where 2,400 or 9,600 have (docs/data_efficiency.png, by
 # tests/measure_data_efficiency.py).
-@lesson1.section
+@tools.section
 def show_transformer():
     torch.manual_seed(0)
-    model, image = VisionTransformer().requires_grad_(False), load_one_of_each()[0][-1:]  # n c h w
+    model, image = VisionTransformer().requires_grad_(False), tools.load_one_of_each()[0][-1:]  # n c h w
     patches = model.to_patches(image)
     steps = {"image": image, "patches": patches, "tokens": model.embed(patches), "scores": model(image)}
     print("   " + " -> ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
@@ -595,7 +569,7 @@ def show_transformer():
 
 
 # %% 13. Attention can be a convolution
-# Nine heads, each of which hears one of the nine pixels under the kernel (Cordonnier et al. 2020). The scores depend on
+# Nine heads, each of which attends to one of the nine pixels under the kernel (Cordonnier et al. 2020). The scores depend on
 # places only: minus the squared distance of a pixel at i from the wanted one at j, times a number so large that this
 # pixel gets all the weight. (It is a dot product of features of the places: -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the
 # border there is no wanted pixel. Softmax has to give the weight to somebody, and it would be the nearest pixel; but a
@@ -603,10 +577,10 @@ def show_transformer():
 # farther than the wanted pixel, nearer than any other.
 #
 # Here the value of a pixel is *all* its channels, in every head. In section 8's layer nine heads would share them: what
-# one makes of the pixel that it hears is a matrix, from channels to channels, of rank c / 9 at most, and not every
-# convolution is made of such.
+# one makes of its pixel is a matrix, from channels to channels, of rank c / 9 at most, and not every convolution is made
+# of such.
 class PositionAttention(nn.Module):
-    """Attention by place alone: head i hears the pixel that is offsets[i] away, `(rows, columns)`, or zeros.
+    """Attention by position alone: head i attends to the pixel that is offsets[i] away, `(rows, columns)`, or to zeros.
     Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""
 
     def __init__(self, channels_in, channels_out, offsets, bias=True):
@@ -625,8 +599,8 @@ class PositionAttention(nn.Module):
     def forward(self, x):
         tokens = F.pad(to_tokens(x), (0, 0, 0, 1))  # n (h w + 1) c: the last one holds zeros
         weights = self.scores(*x.shape[2:]).softmax(dim=-1)  # heads (h w) (h w + 1)
-        heard = weights @ tokens[:, None]  # n heads (h w) c
-        return to_image(self.proj(rearrange(heard, "n heads s c -> n s (heads c)")), x.shape[2])
+        attended = weights @ tokens[:, None]  # n heads (h w) c
+        return to_image(self.proj(rearrange(attended, "n heads s c -> n s (heads c)")), x.shape[2])
 
 
 def attention_from_convolution(conv):
@@ -644,28 +618,21 @@ def attention_from_convolution(conv):
     return layer
 
 
-@lesson1.section
+@tools.section
 def show_convolution():
     torch.manual_seed(0)
     conv, x = nn.Conv2d(16, 32, 3, padding=1), torch.randn(2, 16, 28, 28)
     error = relative_error(attention_from_convolution(conv)(x), conv(x))
     print(f"   16 to 32 channels, 28 × 28: relative difference {error:.0e}")
-    layer = attention_from_convolution(nn.Conv2d(1, 1, 3, padding=1))
-    corner = layer.scores(5, 5).softmax(dim=-1)[:, 0]  # heads (h w + 1): of the pixel in the top left corner
-    titles = [f"zeros:\n{head[-1]:.0%}" for head in corner]
-    title = "What each of nine heads hears, asked by the pixel in the top left corner"
-    return lesson1.plot_grid(title, 2 * corner[:, :-1].detach().view(9, 1, 5, 5) - 1, 9, titles=titles)
+    corner = attention_from_convolution(conv).scores(28, 28).softmax(dim=-1)[:, 0]  # heads (h w + 1)
+    print("   in the top left corner, nine heads give the token of zeros", *(f"{head[-1]:.0%}" for head in corner))
 
 
 # %% The command
 def main():
-    parser = lesson1.make_parser(__file__, __doc__)
-    options = parser.parse_args()
-    try:
-        lesson1.run_sections(globals(), options.out)
-    except (data.DataError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    options = tools.make_parser(__file__, __doc__).parse_args()
+    tools.run_sections(globals(), options.out)
 
 
-if __name__ == "__main__" and not hasattr(sys, "ps1"):
-    main()
+if __name__ == "__main__":
+    tools.run_command(main)

@@ -1,0 +1,459 @@
+"""The plumbing of the lessons: cells, figures, files, devices, checkpoints, a resumable training run, options.
+
+Nothing in here belongs to the lecture, and you can read every lesson without it.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import math
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+
+RUNS = Path(__file__).resolve().parent / "runs"  # a folder for each script
+plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 120})
+plt.rcParams.update({"image.cmap": "gray", "image.interpolation": "nearest"})
+
+
+class UserError(Exception):
+    """Something the user can fix; the message is one line that says how."""
+
+
+# %% Cells, sections, commands
+def is_cell(function):
+    """Whether a function was defined in a cell, at a prompt or in a notebook. There, Python sets `sys.ps1`.
+
+    IPython's `%run script.py` is no cell, although `sys.ps1` is set: the code's file is the command, `sys.argv[0]`.
+    """
+    return hasattr(sys, "ps1") and Path(function.__code__.co_filename).resolve() != Path(sys.argv[0]).resolve()
+
+
+def section(show):
+    """Mark a section's function. In a cell it runs at once, so its picture appears below the cell; in a script,
+    `run_sections` runs it."""
+    if show.__module__ == "__main__" and is_cell(show):
+        show()
+    return show
+
+
+def run_sections(script, out):
+    """Run a script's show_ functions under their sections' titles, and save their pictures in the folder out.
+    script: its `globals()`."""
+    out.mkdir(parents=True, exist_ok=True)
+    lines = Path(script["__file__"]).read_text(encoding="utf-8").splitlines()
+    for name, show in script.items():
+        if name.startswith("show_"):
+            above = reversed(lines[: show.__code__.co_firstlineno])
+            title = next(line for line in above if line.startswith("# %%")).removeprefix("# %% ")
+            print(f"\n{title}")
+            if figure := show():
+                number = int(title.partition(".")[0])
+                save_picture(figure, out / f"{number:02}_{name.removeprefix('show_')}.png")
+
+
+def run_command(main):
+    """Run a script's `main`, except in a cell. What the user can fix becomes one line, and exit status 2."""
+    if is_cell(main):
+        return
+    try:
+        main()
+    except (UserError, data.DataError, OSError) as error:
+        fail(error, 2)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def fail(message, status):
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# %% Figures
+def plot_lines(axes, x, lines, **labels):
+    """Up to three named curves over x that differ without colour too; a few points get markers and ticks.
+    labels: whatever `axes.set` takes."""
+    for (name, y), color, line in zip(lines.items(), ("black", "tab:orange", "0.5"), ("-", "--", "-."), strict=False):
+        axes.plot(x, y, line, color=color, marker="o" if len(x) < 25 else None, label=name)
+    axes.set(**labels)
+    axes.legend()
+    if len(x) < 12:
+        axes.set_xticks(x, [f"{value:g}" for value in x])
+        axes.minorticks_off()
+
+
+def plot_curves(title, x, lines, **labels):
+    """A figure of such curves."""
+    figure, axes = plt.subplots(figsize=(8, 3.8))
+    plot_lines(axes, x, lines, **labels)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_image(axes, image, title, **options):
+    """An image `(h, w)` under its title."""
+    axes.set_title(title, fontsize=10)
+    axes.set(xticks=[], yticks=[])
+    axes.imshow(image.numpy(), **options)
+
+
+def plot_images(axes, images, columns, rows=(), titles=()):
+    """Images `(n, 1, h, w)` in [-1, 1] in a grid, row by row; rows and titles name its rows and columns."""
+    _, _, height, width = images.shape
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=-1)  # fill the grid with background
+    grid = rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
+    axes.imshow(grid.numpy(), vmin=-1, vmax=1)
+    axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(titles))], titles)
+    axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
+    axes.xaxis.tick_top()
+    axes.vlines(torch.arange(1, columns) * width - 0.5, -0.5, len(grid) - 0.5, color="0.4", linewidth=0.5)
+    axes.hlines(torch.arange(height, len(grid), height) - 0.5, -0.5, grid.shape[1] - 0.5, color="0.4", linewidth=0.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def plot_grid(title, images, columns, rows=(), titles=()):
+    """A figure of such a grid."""
+    scale = min(12, max(4, 0.8 * columns)) / columns  # inches per image
+    width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
+    figure, axes = plt.subplots(figsize=(max(8, width), height + 0.3 * bool(titles)))
+    plot_images(axes, images, columns, rows, titles)
+    figure.suptitle(title)
+    return figure
+
+
+def plot_losses(title, losses):
+    """The loss of each step `(n,)`, and its mean over 2 % of the steps."""
+    window = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    axes.plot(losses, color="0.8", linewidth=0.7)
+    axes.plot(range(window - 1, len(losses)), smooth, color="black")
+    axes.set(xlabel="step", ylabel=f"loss (black: mean of {window} steps)", ylim=(0, min(1.1, 1.1 * losses.max())))
+    axes.set_title(title)
+    return figure
+
+
+# %% Files
+def write_atomically(path, save):
+    """Let save(buffer) make a file's content, then write it, all or nothing: the old file stays until the new one is
+    complete. Raises OSError, with path and reason, if it can't be written."""
+    buffer, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
+    save(buffer)
+    try:
+        part.write_bytes(buffer.getvalue())
+        part.replace(path)
+    except OSError as error:
+        raise OSError(f"{path}: can't be written ({error.strerror})") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_picture(figure, path):
+    """Write the figure, say so, and close it."""
+    write_atomically(path, figure.savefig)
+    print(f"wrote {path}")
+    plt.close(figure)
+
+
+def writable_folder(text):
+    """For argparse: a folder to write to, created if need be. Better to know now than after the training."""
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=text).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"must be a folder that can be written to ({error})") from error
+    return Path(text)
+
+
+# %% Images for the sections
+load_data = functools.cache(data.load)
+
+
+def load_images(split, n):
+    """The first n images of Fashion-MNIST, or of what stands in for it, and the data set's name.
+
+    split: "train" or "test". The images are float32 `(n, 1, 28, 28)` in [-1, 1].
+    """
+    images, _, _, name = load_data(split=split)
+    return F.interpolate(torch.from_numpy(images[:n])[:, None] / 127.5 - 1, size=(28, 28)), name
+
+
+def load_one_of_each():
+    """One test image of each class, `(classes, 1, 28, 28)` in [-1, 1], the classes' names, and the data set's name.
+
+    It downloads nothing: if Fashion-MNIST isn't on the disk, the images are synthetic garments.
+    """
+    test = load_data(split="test", download=False)
+    labels, firsts = np.unique(test.labels, return_index=True)
+    images = torch.from_numpy(test.images[firsts])[:, None] / 127.5 - 1  # n 1 h w
+    return F.interpolate(images, size=(28, 28)), [test.classes[label] for label in labels], test.name
+
+
+# %% Devices and processes
+# torchrun starts a script several times. Each process computes on its share of every batch and steps with the mean of
+# all gradients (DistributedDataParallel), so all keep the same weights. The first one alone prints, and writes files.
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; a cluster's scheduler may set WORLD_SIZE as well
+PROCESSES, RANK = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if LAUNCHED else (1, 0)
+
+
+def choose_device(name):
+    """The torch.device for --device; "auto" is a GPU from NVIDIA if there is one, else the CPU. Raises UserError if
+    there is no such device."""
+    mps = torch.backends.mps.is_available() and PROCESSES == 1  # DistributedDataParallel can't use it
+    there = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": mps}
+    available = [device for device in there if there[device]]
+    if name not in ("auto", *available):
+        raise UserError(f"--device {name}: not available here, only {', '.join(available)}")
+    return torch.device(available[0] if name == "auto" else name)
+
+
+def choose_precision(device):
+    """bfloat16 if the processor has instructions for it (if not, it is emulated, and slow), otherwise None."""
+    instructions = torch.cpu.get_capabilities()
+    fast = device.type == "cpu" and (instructions.get("amx_bf16") or instructions.get("avx512_bf16"))
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if fast else None
+
+
+def join_processes(device, found):
+    """Work with the other processes from now on, if there are any. found: what all of them must agree on. Raises
+    UserError if they don't, or if there are too few GPUs."""
+    if PROCESSES == 1:
+        return
+    if device.type == "cuda":
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()  # of this machine
+        if local >= gpus:
+            raise UserError(f"more processes than GPUs, of which there are {gpus} here")
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    all_found = [None] * PROCESSES
+    dist.all_gather_object(all_found, found)
+    if all_found.count(found) < PROCESSES:
+        raise UserError("the processes found different data or checkpoints: see --data, --data-dir and --out")
+
+
+def distribute(network):
+    """The same network; if there are other processes, its gradients become the mean of all of theirs."""
+    return DistributedDataParallel(network) if PROCESSES > 1 else network
+
+
+def leave_processes():
+    """The first process goes on alone; the others end here."""
+    if PROCESSES > 1:
+        dist.destroy_process_group()
+    if RANK:
+        sys.exit()
+
+
+def take_share(batches):
+    """This process's share of each batch; batches yields (step, tensors...)."""
+    for step, *tensors in batches:
+        yield step, *(tensor.chunk(PROCESSES)[RANK] for tensor in tensors)
+
+
+# %% Checkpoints
+def save_checkpoint(path, content):
+    """Write a dictionary, all or nothing: an interrupted write leaves the old file as it was."""
+    write_atomically(path, functools.partial(torch.save, content))
+
+
+def load_checkpoint(path, kind, **asked):
+    """The checkpoint's content, a dictionary, or None if there is no such file.
+
+    kind: the NamedTuple of its "settings", which must agree with `asked`. Raises UserError if they don't, or if the
+    file is damaged, or something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        file = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(file) as archive:  # torch.load checks no sums, and reads zeros if a flag says "folder"
+            if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
+                raise ValueError("a checksum is wrong")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        content |= {"settings": kind(**content["settings"]), "step": content["step"]}
+    except Exception as error:  # of many kinds: whatever reading strange bytes can lead to
+        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart trains anew") from error
+    check_same(path, content["settings"], **asked)
+    return content
+
+
+def check_same(path, settings, **asked):
+    """Raises UserError if a checkpoint's settings differ from what was asked for."""
+    there = settings._asdict()
+    differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
+    if differing:
+        raise UserError(f"{path}: another run's ({', '.join(differing)}); use --restart, or another --out DIR")
+
+
+def restore(path, checkpoint, state):
+    """Load each part of the state, a dictionary, from the checkpoint. Raises UserError if one doesn't fit."""
+    try:
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+    except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: of another version of this lesson; --restart trains anew") from error
+
+
+# %% A resumable run
+SAVE_EVERY = 120  # seconds
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Catch Ctrl-C and SIGTERM: they are appended to the list that this yields. A second Ctrl-C stops at once."""
+    stops = []
+
+    def request_stop(number, frame):
+        if not stops:  # print() can't be called here, as the signal may have come in the middle of another one
+            os.write(2, b"\nstopping after this step, and saving; Ctrl-C once more stops at once\n")
+        stops.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several would not stop at the same step
+    handlers = {kind: signal.signal(kind, request_stop) for kind in kinds}
+    try:
+        yield stops
+    finally:
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
+
+
+def run_resumable(loop, state, settings, path, checkpoint=None):
+    """Run a training loop, or resume it from a checkpoint, so that it can be watched, interrupted and killed.
+
+    loop:       loop(first) is a generator. It does steps first, first + 1, ..., and after each one yields (step, loss)
+                and any other numbers that must stay finite, all as tensors.
+    state:      everything the loop changes, by name: objects with `state_dict` and `load_state_dict`.
+    settings:   a NamedTuple with at least `steps`, `batch_size` and `title`; the checkpoint keeps all of it.
+    path:       of the checkpoint, written every two minutes, at the end, and on Ctrl-C or SIGTERM; `loss.png` is drawn
+                beside it.
+    checkpoint: what `load_checkpoint` returned; None begins anew.
+
+    Raises UserError if a number is not finite; OSError if the last save fails; SystemExit(130) after Ctrl-C.
+    """
+    done, losses, recent = 0, torch.full((settings.steps,), math.nan), []
+    if checkpoint:
+        restore(path, checkpoint, state)
+        done, losses = checkpoint["step"], checkpoint["losses"]
+    print(f"training  {settings.steps:,} steps of {settings.batch_size} images" + f", from step {done:,}" * (done > 0))
+    images, begun = settings.steps * settings.batch_size, done * settings.batch_size
+    bar = tqdm(total=images, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
+    shown, saved = 0, time.monotonic()
+    with stop_signals() as stops, bar:
+        for step, *numbers in loop(done):
+            if PROCESSES > 1:
+                dist.all_reduce(numbers[0])
+                numbers[0] = numbers[0] / PROCESSES
+            recent.append(torch.stack(numbers))
+            done, now = step + 1, time.monotonic()
+            bar.update(settings.batch_size)
+            due = bool(stops) or done == settings.steps or now > saved + SAVE_EVERY
+            if due or now > shown + 1:  # seldom, because reading a number waits for the GPU
+                values, shown = torch.stack(recent).cpu(), now
+                if not values.isfinite().all():
+                    tip = "try --restart with another --batch-size or --seed (the last checkpoint is from before)"
+                    raise UserError(f"the loss is not finite any more at step {done:,}: {tip}")
+                losses[done - len(recent) : done], recent = values[:, 0], []
+                bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean():.3f}", refresh=False)
+            if due and RANK == 0:
+                content = {"settings": settings._asdict(), "step": done, "losses": losses}
+                content |= {name: part.state_dict() for name, part in state.items()}
+                try:
+                    save_checkpoint(path, content)
+                except OSError as error:
+                    if stops or done == settings.steps:
+                        raise
+                    tqdm.write(f"{error}; the next try is in two minutes")
+                saved = time.monotonic()
+            if stops and due:  # a signal that came after `due` was decided waits for the next step, which is saved
+                break
+    print(f"wrote {path}")
+    if done == settings.steps and RANK == 0:
+        save_picture(plot_losses(f"{settings.title}: the loss", losses.numpy()), path.with_name("loss.png"))
+    if stops:
+        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
+        print(f"stopped after step {done:,} of {settings.steps:,}. To resume:\n{again}")
+        sys.exit(130)
+
+
+# %% Options
+def number(kind, low, high):
+    """For argparse: parse a number of that kind (int or float) from low to high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, got {text!r}")
+        return value
+
+    return parse
+
+
+def make_parser(script, description):
+    """The command line that all scripts share: --out DIR. script: its `__file__`; description: its docstring."""
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
+    out = RUNS / Path(script).stem
+    parser.add_argument(
+        "--out", type=writable_folder, default=str(out), metavar="DIR", help="folder to write to (default: %(default)s)"
+    )
+    return parser
+
+
+def make_run_parser(script, description, presets):
+    """The options of a script that trains, and the group of those that exclude each other. The lesson sets the defaults
+    of --n and --steps."""
+    parser = make_parser(script, description)
+    add, count = parser.add_argument, number(int, 1, 10**6)
+    add("--data", choices=data.NAMES, default="auto", help="auto: synthetic garments if Fashion-MNIST is unavailable")
+    add("--data-dir", metavar="DIR", help="IDX files, or a folder of images per class (default: $FASHION_MNIST_DIR)")
+    add("--preset", choices=presets, help="network and training settings (default: small)")
+    add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="may be a fraction (default: by the preset)")
+    add("--batch-size", metavar="B", type=count, help="images per training step (default: the preset's)")
+    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
+    add("--show", action="store_true", help="run the sections instead; pictures go to lesson/ in the --out folder")
+    add("--n", metavar="N", type=count, help="images to sample; per class, if there are any (default: %(default)s)")
+    add("--steps", metavar="S", type=count, help="sampling steps (default: %(default)s)")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--restart", action="store_true", help="train anew, even if there is a checkpoint")
+    group.add_argument("--sample-only", action="store_true", help="sample from the checkpoint; needs no data")
+    return parser, group
+
+
+def parse_run_options(parser):
+    """Parse the command line of such a script. Of several processes, the first one alone shows, samples and prints."""
+    options = parser.parse_args()
+    if options.show and (options.data, options.device) != ("auto", "auto"):
+        parser.error("--show takes neither --data nor --device (use --data-dir for images of your own)")
+    if options.show and options.data_dir:
+        os.environ["FASHION_MNIST_DIR"] = options.data_dir
+    options.sample_only |= getattr(options, "pretrained", False)
+    if RANK:
+        sys.stdout = io.StringIO()
+        if options.show or options.sample_only:
+            sys.exit()
+    return options
