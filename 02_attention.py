@@ -28,7 +28,7 @@ import lesson_tools as tools
 # Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; s tokens, each d wide;
 # (h w) is one axis. `.mT` swaps the last two.
 def attention_weights(q, k):
-    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i attends to each; its sum is 1
+    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i is how much token i attends to each; it sums to 1
     (Vaswani et al. 2017, section 3.2.1)."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 5 says why they are divided
     return scores.softmax(dim=-1)
@@ -101,7 +101,7 @@ def show_one_pixel():
 # of 3×3 pixels carry it one pixel per layer. The gradient shows what an output pixel depends on (here, one of a
 # garment's): with respect to a pixel that it can't be reached from, it is exactly zero.
 def input_gradient(layer, x, row, column):
-    """How much one pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the size of the gradient, `(h, w)`."""
+    """How much one pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the gradient's size, `(h, w)`."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(layer(x)[:, :, row, column].sum(), x)
     return gradient.abs().sum(dim=(0, 1))
@@ -176,7 +176,8 @@ def show_division():
         for name, scores in zip(largest, (q @ k.mT, q @ k.mT / math.sqrt(d)), strict=True):
             weights = scores.softmax(dim=-1)  # s s
             largest[name].append(weights.amax(dim=-1).mean())
-            print(f"   d {d:3} {name:14} standard deviation {scores.std():5.2f}, largest weight {largest[name][-1]:.2f}")
+            mean = largest[name][-1]
+            print(f"   d {d:3} {name:14} scores ± {scores.std():5.2f}, largest weight {mean:.2f}")
     title = "Undivided scores of wide tokens leave one winner among 256"
     labels = {"xscale": "log", "xlabel": "width d", "ylabel": "largest weight (mean of 256 rows)", "ylim": (0, 1)}
     return tools.plot_curves(title, dims, largest, **labels)
@@ -416,8 +417,8 @@ def show_torch():
 
 
 # %% 11. The fused kernel, and where to put attention
-# Every pixel attends to every pixel: twice the side is four times the tokens and sixteen times the weights. All weights of
-# an image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022)
+# Every pixel attends to every pixel: twice the side is four times the tokens and sixteen times the weights. All weights
+# of an image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022)
 # computes a block of weights, uses it and forgets it, and computes it anew for the backward pass. So it never holds
 # more than a block; and for large images it is faster although it computes more, as memory is slow. But it is still
 # every pixel with every pixel: its time grows in the same way. That is why a U-Net attends at low resolutions only,
@@ -569,16 +570,16 @@ def show_transformer():
 
 
 # %% 13. Attention can be a convolution
-# Nine heads, each of which attends to one of the nine pixels under the kernel (Cordonnier et al. 2020). The scores depend on
-# places only: minus the squared distance of a pixel at i from the wanted one at j, times a number so large that this
-# pixel gets all the weight. (It is a dot product of features of the places: -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the
-# border there is no wanted pixel. Softmax has to give the weight to somebody, and it would be the nearest pixel; but a
-# convolution finds a zero there. So there is one more token, which holds zeros, at a squared distance of 0.5:
-# farther than the wanted pixel, nearer than any other.
+# Nine heads, each of which attends to one of the nine pixels under the kernel (Cordonnier et al. 2020). The scores
+# depend on places only: minus the squared distance of a pixel at i from the wanted one at j, times a number so large
+# that this pixel gets all the weight. (It is a dot product of features of the places: -|i-j|² = 2 i·j - |i|² - |j|².)
+# Beyond the border there is no wanted pixel. Softmax has to give the weight to somebody, and it would be the nearest
+# pixel; but a convolution finds a zero there. So there is one more token, which holds zeros, at a squared distance of
+# 0.5: farther than the wanted pixel, nearer than any other.
 #
 # Here the value of a pixel is *all* its channels, in every head. In section 8's layer nine heads would share them: what
-# one makes of its pixel is a matrix, from channels to channels, of rank c / 9 at most, and not every convolution is made
-# of such.
+# one makes of its pixel is a matrix, from channels to channels, of rank c / 9 at most, and not every convolution is
+# made of such.
 class PositionAttention(nn.Module):
     """Attention by position alone: head i attends to the pixel that is offsets[i] away, `(rows, columns)`, or to zeros.
     Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""

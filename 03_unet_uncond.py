@@ -116,7 +116,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, embedding=None):
-        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`. The embedding is for section 8; this block needs none."""
+        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`. Section 8 needs the embedding; this block doesn't."""
         return self.shortcut(x) + self.conv2(self.conv1(x))
 
 
@@ -270,7 +270,7 @@ def show_levels():
         parameters = sum(count_parameters(network.get_submodule(name)) for name in blocks)
         operations = sum(sum(counter.get_flop_counts()[f"UNet.{name}"].values()) for name in blocks)
         share, side = operations / counter.get_total_flops(), 32 // 2**level
-        print(f"   {width:3} channels of {side:2} × {side:2}: {parameters:9,} parameters, {share:.0%} of the operations")
+        print(f"   {width:3} channels of {side:2} × {side:2}: {parameters:9,} parameters, {share:.0%} of the work")
 
 
 # %% 5. What the skips are for
@@ -371,7 +371,7 @@ TIME_SCALE = 1000  # so the time goes from -1151 to 1096, a range that fits the 
 class Denoiser(nn.Module):
     """A network with EDM's preconditioning (Karras et al. 2022, table 1).
 
-    network:    network(x, time, label): x `(n, channels · patch², h/patch, w/patch)`, time `(n,)`, label `(n,)` or None.
+    network:    network(x, time, label); x is `(n, channels · patch², h/patch, w/patch)`, time and label are `(n,)`.
     sigma_data: standard deviation of the training images.
     patch:      side of the patches that become channels before the network, and pixels again after it.
     precision:  the network computes in this type (autocast) if given; everything around it doesn't.
@@ -427,9 +427,9 @@ def show_preconditioning():
 
 
 # %% 8. Time
-# c_in has made every x about equally large, so the size of x doesn't tell the network how noisy it is. So each block gets
-# the embedding of 01, shared by all blocks, as a scale and a shift for each channel. They act *after* the second norm.
-# The lecture has them in front of it, where a group norm would take out again what is common to a group.
+# c_in has made every x about equally large, so the size of x doesn't tell the network how noisy it is. So each block
+# gets the embedding of 01, shared by all blocks, as a scale and a shift for each channel. They act *after* the second
+# norm. The lecture has them in front of it, where a group norm would take out again what is common to a group.
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation (adaptive group norm, or FiLM)."""
 
@@ -484,10 +484,10 @@ class UntimedUNet(UNet):
         return super().forward(x)
 
 
-# Does a network need to be given the time at all? An image shows by itself how noisy it is: in the background all pixels
-# should be equal, and they differ by as much as the noise is strong. The table has their standard deviation in a corner
-# of 3 × 3 pixels, as the network sees it, after c_in. It tells low levels apart, but hardly those above 1. (c_in, c_skip
-# and c_out know sigma in any case.) Section 13 measures what the time is worth.
+# Does a network need to be given the time at all? An image shows by itself how noisy it is: in the background all
+# pixels should be equal, and they differ by as much as the noise is strong. The table has their standard deviation in a
+# corner of 3 × 3 pixels, as the network sees it, after c_in. It tells low levels apart, but hardly those above 1.
+# (c_in, c_skip and c_out know sigma in any case.) Section 13 measures what the time is worth.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # of 1,000 levels drawn in training, 994 are within
 
 
@@ -667,10 +667,10 @@ def show_sampling():
 
 
 # %% 11. Few steps or many
-# The trajectory from noise to a garment is a curve, and a step of DDIM follows its tangent. So the more steps, the closer
-# we stay to the curve. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the bend, and
-# is as close after fewer steps. As ground truth we take the end points of 400 Heun steps. With the ideal denoiser each
-# trajectory ends on one of its images, so we count how many of 100 end on a wrong one.
+# The trajectory from noise to a garment is a curve, and a step of DDIM follows its tangent. So the more steps, the
+# closer we stay to the curve. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the
+# bend, and is as close after fewer steps. As ground truth we take the end points of 400 Heun steps. With the ideal
+# denoiser each trajectory ends on one of its images, so we count how many of 100 end on a wrong one.
 @tools.section
 def show_few_steps():
     images, name = tools.load_images("train", 1000)

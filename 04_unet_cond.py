@@ -196,7 +196,7 @@ def show_labels():
     images = generate(functools.partial(denoiser, label=label), noise_ids)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
     by_label, by_noise = lesson3.pixel_std(table.transpose(0, 1)), lesson3.pixel_std(table)
-    title = f"The label changes a pixel by {by_label:.2f}, the noise by {by_noise:.2f} ({settings.data}; a row is one noise)"
+    title = f"The label changes a pixel by {by_label:.2f}, the noise by {by_noise:.2f} ({settings.data})"
     titles = [name.replace(" ", "\n").replace("/", "/\n") for name in settings.classes]
     return tools.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
 
@@ -353,7 +353,7 @@ def find_classes(text, classes):
 
 def parse_options():
     parser, group = tools.make_run_parser(__file__, __doc__, lesson3.PRESETS)
-    parser.add_argument("--class", dest="class_name", metavar="NAME-OR-ID", help="sample this class only (default: all)")
+    parser.add_argument("--class", dest="class_name", metavar="NAME-OR-ID", help="sample this class only")
     default = f"{GUIDANCE:g}; after 600,000 images {GUIDANCE_LONG:g}"
     guidance = tools.number(float, 0, 100)
     parser.add_argument("--guidance", metavar="W", type=guidance, help=f"strength of the label (default: {default})")
