@@ -959,6 +959,10 @@ def load_denoiser(path, make_network, device, **asked):
     return ema.eval().requires_grad_(False), settings
 
 
+def count_steps(images, batch_size):
+    return max(1, round(images / batch_size))
+
+
 def new_run(options, make_network):
     """A new network, its `RunSettings`, and what to train it on: images, uint8 `(n, 1, h, w)`, and labels, `(n,)`."""
     preset_name = options.preset or "small"
@@ -975,7 +979,7 @@ def new_run(options, make_network):
         raise tools.UserError(f"{name}: all images are the same grey, there is nothing to learn")
     torch.manual_seed(options.seed)
     network = make_network(preset, len(classes))
-    steps = max(1, round((options.epochs * n if options.epochs else preset.images) / batch_size))
+    steps = count_steps(options.epochs * n if options.epochs else preset.images, batch_size)
     asked = type(network).__name__, preset_name, steps, batch_size, options.seed
     return network, RunSettings(*asked, name, n, classes, tuple(size), sigma_data), images, labels
 
@@ -1009,7 +1013,7 @@ def train_or_load(options, path, make_network, change_batches=None):
         asked = {name: getattr(options, name) for name in ("preset", "batch_size") if getattr(options, name)}
         denoiser, settings = load_denoiser(path, make_network, device, **asked)
         if options.epochs:
-            tools.check_same(path, settings, steps=round(options.epochs * settings.images / settings.batch_size))
+            tools.check_same(path, settings, steps=count_steps(options.epochs * settings.images, settings.batch_size))
         return denoiser, settings
     network, settings, *dataset = new_run(options, make_network)
     checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **settings._asdict())

@@ -165,10 +165,10 @@ def drop_labels(batches, n_classes):
         yield step, x0, sigma, noise, label.masked_fill(dropped, n_classes)
 
 
-def make_network(preset, n_classes):
+def make_network(preset, n_classes, network_class=CondUNet):
     """A new network of a preset of 03."""
     attention = preset.attention_levels, preset.head_dim
-    return CondUNet(preset.patch**2, preset.widths, preset.depth, preset.groups, *attention, n_classes)
+    return network_class(preset.patch**2, preset.widths, preset.depth, preset.groups, *attention, n_classes)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from reference_numpy.layers import group_norm
+from reference_numpy.layers import group_norm, with_prefix
 
 
 def softmax(scores):
@@ -16,42 +16,41 @@ def softmax(scores):
     return positive / positive.sum(axis=-1, keepdims=True)
 
 
-def self_attention(q, k, v):
+def attention(q, k, v):
     """Queries, keys and values, each (tokens, d) -> for each token a weighted average of the values, (tokens, d)."""
     scores = q @ k.T / np.sqrt(q.shape[1])  # (tokens, tokens): how well query i fits key j
     return softmax(scores) @ v
 
 
-def multi_head_attention(tokens, parameters, heads):
-    """(s, c) -> (s, c): each head has q, k and v of its own, projections of all channels; what they hear is joined.
+def multi_head_self_attention(tokens, parameters, heads):
+    """(s, c) -> (s, c): each head has q, k and v of its own, projections of all channels; their averages are joined.
 
     The rows of one matrix do it for all heads: those of q first, head after head, then those of k, then those of v.
     """
     p = parameters
     q, k, v = np.split(tokens @ p["qkv.weight"].T + p["qkv.bias"], 3, axis=1)  # (s, c) each
     d = q.shape[1] // heads
-    heard = np.empty_like(q)
+    averages = np.empty_like(q)
     for head in range(heads):
         columns = slice(head * d, (head + 1) * d)
-        heard[:, columns] = self_attention(q[:, columns], k[:, columns], v[:, columns])
-    return heard @ p["proj.weight"].T + p["proj.bias"]  # (s, c)
+        averages[:, columns] = attention(q[:, columns], k[:, columns], v[:, columns])
+    return averages @ p["proj.weight"].T + p["proj.bias"]  # (s, c)
 
 
-def multi_head_self_attention(x, parameters, heads, groups=1):
-    """(n, c, h, w) -> (n, c, h, w): every pixel is a token; what it hears is added to it."""
+def attention_block(x, parameters, heads, groups=1):
+    """(n, c, h, w) -> (n, c, h, w): every pixel is a token; what attention makes of it is added to it."""
     n, c, h, w = x.shape
     p = parameters
-    attention = {name.removeprefix("attention."): array for name, array in p.items() if name.startswith("attention.")}
     normed = group_norm(x, groups, p["norm.weight"], p["norm.bias"])
     y = np.empty_like(x)
     for i in range(n):
         tokens = normed[i].reshape(c, h * w).T  # (h w, c)
-        heard = multi_head_attention(tokens, attention, heads)  # (h w, c)
-        y[i] = x[i] + heard.T.reshape(c, h, w)
+        attended = multi_head_self_attention(tokens, with_prefix(p, "attention."), heads)  # (h w, c)
+        y[i] = x[i] + attended.T.reshape(c, h, w)
     return y
 
 
-# A transformer adds to each token what it hears, and then what a small network makes of it.
+# A transformer adds to each token what attention makes of it, and then what a small network makes of the sum.
 
 
 def layer_norm(tokens, weight, bias, eps=1e-5):
@@ -68,9 +67,8 @@ def gelu(x):
 def transformer_block(tokens, parameters, heads):
     """(s, c) -> (s, c)."""
     p = parameters
-    attention = {name.removeprefix("attention."): array for name, array in p.items() if name.startswith("attention.")}
     normed = layer_norm(tokens, p["norm1.weight"], p["norm1.bias"])
-    tokens = tokens + multi_head_attention(normed, attention, heads)
+    tokens = tokens + multi_head_self_attention(normed, with_prefix(p, "attention."), heads)
     normed = layer_norm(tokens, p["norm2.weight"], p["norm2.bias"])
     hidden = gelu(normed @ p["mlp.0.weight"].T + p["mlp.0.bias"])  # (s, 4 c)
     return tokens + hidden @ p["mlp.2.weight"].T + p["mlp.2.bias"]
@@ -87,9 +85,7 @@ def vision_transformer(image, parameters, heads, depth, patch):
             patches.append(np.moveaxis(pixels, 0, -1).flatten())  # row after row, the channels of a pixel together
     tokens = np.stack(patches) @ p["embed.weight"].T + p["embed.bias"] + p["positions"]
     for i in range(depth):
-        prefix = f"blocks.{i}."
-        block = {name.removeprefix(prefix): array for name, array in p.items() if name.startswith(prefix)}
-        tokens = transformer_block(tokens, block, heads)
+        tokens = transformer_block(tokens, with_prefix(p, f"blocks.{i}."), heads)
     mean = layer_norm(tokens, p["norm.weight"], p["norm.bias"]).mean(axis=0)
     return p["classify.weight"] @ mean + p["classify.bias"]
 
@@ -104,9 +100,9 @@ def convolution_by_attention(image, weight, bias):
     values = np.vstack([image.reshape(c, h * w).T, np.zeros(c)])  # (h w + 1, c): one for each pixel, and one of zeros
     y = np.tile(bias[:, None], h * w)  # (out, h w)
     for i in range(3):
-        for j in range(3):  # the head that hears the pixel under weight[:, :, i, j]
-            for asking, (row, column) in enumerate(pixels):
+        for j in range(3):  # the head that attends to the pixel under weight[:, :, i, j]
+            for query, (row, column) in enumerate(pixels):
                 distances = [(row + i - 1 - r) ** 2 + (column + j - 1 - s) ** 2 for r, s in pixels]
                 weights = softmax(-100 * np.array([*distances, 0.5]))  # of zeros, if there's no such pixel
-                y[:, asking] += weight[:, :, i, j] @ (weights @ values)
+                y[:, query] += weight[:, :, i, j] @ (weights @ values)
     return y.reshape(-1, h, w)

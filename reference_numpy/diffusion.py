@@ -1,6 +1,6 @@
 """From noise to images: the denoiser, guidance, and three ways to follow it down (Karras et al. 2022).
 
-A noisy image is x = x0 + sigma · noise. A denoiser looks at x and sigma and says what x0 was: x0_hat.
+A noisy image is x = x0 + sigma · noise. A denoiser predicts x0 from x and sigma: x0_hat.
 """
 
 import numpy as np
@@ -41,8 +41,7 @@ def ideal_denoiser(x, sigma, images):
 
 
 def guide(with_label, without, guidance):
-    """Two x0_hat, one that was told the label and one that wasn't -> from the second past the first (Ho and Salimans
-    2022)."""
+    """Two x0_hat, with and without the label -> from the second past the first (Ho and Salimans 2022)."""
     return with_label + guidance * (with_label - without)
 
 

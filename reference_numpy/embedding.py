@@ -18,7 +18,7 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
     return embedding
 
 
-def rotation(shift, dim, max_period=10_000):
+def shift_matrix(shift, dim, max_period=10_000):
     """The (dim, dim) matrix that takes the embedding of t to that of t + shift: each pair of columns turns alone."""
     half = dim // 2
     matrix = np.zeros((dim, dim))

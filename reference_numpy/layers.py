@@ -57,3 +57,8 @@ def pixel_shuffle(x, patch):
         for column in range(patch):
             y[:, :, row::patch, column::patch] = x[:, row * patch + column :: patch**2]
     return y
+
+
+def with_prefix(parameters, prefix):
+    """The parameters whose names begin with the prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): array for name, array in parameters.items() if name.startswith(prefix)}

@@ -1,19 +1,14 @@
 """The conditional U-Net (Ronneberger et al. 2015), and the simpler ones of lesson 3.
 
-Parameters are a dictionary with the names of the PyTorch network, as arrays. From it can be read how many layers there
-are, and which of them have attention; the number of groups and the channels of a head can't be, and are arguments.
+Parameters are a dictionary with the names of the PyTorch network, as arrays. They show how many layers there are, and
+which of them have attention; the number of groups and the channels of a head can't be seen there, and are arguments.
 """
 
 import numpy as np
 
-from reference_numpy.attention import multi_head_self_attention
+from reference_numpy.attention import attention_block
 from reference_numpy.embedding import timestep_embedding
-from reference_numpy.layers import convolution, group_norm, linear, silu, upsample
-
-
-def part(parameters, prefix):
-    """The parameters whose names begin with the prefix, under the rest of their names."""
-    return {name.removeprefix(prefix): array for name, array in parameters.items() if name.startswith(prefix)}
+from reference_numpy.layers import convolution, group_norm, linear, silu, upsample, with_prefix
 
 
 def residual_block(x, embedding, parameters, groups):
@@ -31,22 +26,22 @@ def residual_block(x, embedding, parameters, groups):
         scale, shift = np.split(scale_shift, 2, axis=1)  # (n, out) each
         h = (1 + scale[:, :, None, None]) * h + shift[:, :, None, None]
     h = convolution(silu(h), p["conv2.conv.weight"], p["conv2.conv.bias"], padding=1)
-    if "shortcut.weight" in p:  # where the number of channels changes
+    if "shortcut.weight" in p:  # if the number of channels changes
         x = convolution(x, p["shortcut.weight"], p["shortcut.bias"])  # (n, out, h, w)
     return x + h
 
 
 def block(x, embedding, parameters, groups, head_dim):
-    """(n, c, h, w) -> (n, out, h, w): a residual block and, where there are parameters for it, self-attention."""
+    """(n, c, h, w) -> (n, out, h, w): a residual block and, if there are parameters for it, self-attention."""
     x = residual_block(x, embedding, parameters, groups)
     if "attention.attention.qkv.weight" in parameters:
         heads = x.shape[1] // head_dim
-        x = multi_head_self_attention(x, part(parameters, "attention."), heads, groups)
+        x = attention_block(x, with_prefix(parameters, "attention."), heads, groups)
     return x
 
 
 def embed(time, label, parameters):
-    """(n,) and (n,) -> (n, dim): what the blocks are told about time and label, or None if the network isn't told."""
+    """(n,) and (n,) -> (n, dim): the embedding of time and label that every block gets; None if there is none."""
     p = parameters
     if "embed_time.linear1.weight" not in p:
         return None
@@ -72,28 +67,28 @@ def cond_unet(x, time, label, parameters, groups, head_dim=None):
     h = convolution(x, p["conv_in.weight"], p["conv_in.bias"], padding=1)
     skips = [h]
     level = 0
-    while part(p, f"down.{level}."):
+    while with_prefix(p, f"down.{level}."):
         if level > 0:  # half the height and width
-            between = part(p, f"downsample.{level - 1}.")
+            between = with_prefix(p, f"downsample.{level - 1}.")
             h = convolution(h, between["weight"], between["bias"], stride=2, padding=1)
             skips.append(h)
         i = 0
-        while layer := part(p, f"down.{level}.{i}."):
+        while layer := with_prefix(p, f"down.{level}.{i}."):
             h = block(h, embedding, layer, groups, head_dim)
             skips.append(h)
             i += 1
         level += 1
 
-    h = block(h, embedding, part(p, "middle.0."), groups, head_dim)
-    h = block(h, embedding, part(p, "middle.1."), groups, head_dim)
+    h = block(h, embedding, with_prefix(p, "middle.0."), groups, head_dim)
+    h = block(h, embedding, with_prefix(p, "middle.1."), groups, head_dim)
 
     level = 0
-    while part(p, f"up.{level}."):  # the lowest level first
+    while with_prefix(p, f"up.{level}."):  # the lowest level first
         if level > 0:  # twice the height and width
-            between = part(p, f"upsample.{level - 1}.1.")
+            between = with_prefix(p, f"upsample.{level - 1}.1.")
             h = convolution(upsample(h), between["weight"], between["bias"], padding=1)
         i = 0
-        while layer := part(p, f"up.{level}.{i}."):
+        while layer := with_prefix(p, f"up.{level}.{i}."):
             h = np.concatenate([h, skips.pop()], axis=1)  # the channels of both
             h = block(h, embedding, layer, groups, head_dim)
             i += 1

@@ -17,8 +17,9 @@ from diffusers import EDMDPMSolverMultistepScheduler, UNet2DModel
 from safetensors import SafetensorError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lesson_tools as tools
+
 lesson3 = importlib.import_module("03_unet_uncond")
-UserError = lesson3.UserError
 
 # Our names of layers, and diffusers'
 AROUND = {
@@ -70,11 +71,11 @@ def convert(state):
     return converted
 
 
-def make_unet(run):
-    """An untrained UNet2DModel with the structure of a `Run`'s network."""
-    preset = lesson3.PRESETS[run.preset]
-    conditional = run.network == "CondUNet"
-    padded = lesson3.pad(torch.empty(1, 1, *run.size), preset).shape[2:]
+def make_unet(settings):
+    """An untrained UNet2DModel with the structure of a run's network; settings: its `RunSettings`."""
+    preset = lesson3.PRESETS[settings.preset]
+    conditional = settings.network == "CondUNet"
+    padded = lesson3.pad(torch.empty(1, 1, *settings.size), preset).shape[2:]
     attends = [conditional and level in preset.attention_levels for level in range(len(preset.widths))]
     return UNet2DModel(
         sample_size=tuple(side // preset.patch for side in padded),
@@ -88,7 +89,7 @@ def make_unet(run):
         attention_head_dim=preset.head_dim,
         norm_num_groups=preset.groups,
         attn_norm_num_groups=preset.groups,
-        num_class_embeds=len(run.classes) + 1 if conditional else None,
+        num_class_embeds=len(settings.classes) + 1 if conditional else None,
         resnet_time_scale_shift="scale_shift",
         flip_sin_to_cos=False,
         freq_shift=1,
@@ -96,29 +97,29 @@ def make_unet(run):
 
 
 def export(path, folder):
-    """Write what the checkpoint at `path` samples with, the averaged weights, to `folder`, made where it isn't there.
+    """Write what the checkpoint at `path` samples with, the averaged weights, to `folder`, which is created if need be.
 
-    Raises UserError where the checkpoint can't be exported, and OSError or SafetensorError where the folder can't be
-    written to.
+    Raises UserError if the checkpoint can't be exported, or the folder can't be written to.
     """
-    checkpoint = lesson3.load_checkpoint(path)
+    checkpoint = tools.load_checkpoint(path, lesson3.RunSettings)
     if checkpoint is None:
-        raise UserError(f"{path}: no checkpoint there")
-    run = checkpoint["run"]
-    if run.network == "UntimedUNet":
-        raise UserError(f"{path}: a network without time (--no-time) can't be a UNet2DModel, which is told the time")
-    state = {name.removeprefix("network."): tensor for name, tensor in checkpoint["ema"].items()}
+        raise tools.UserError(f"{path}: no checkpoint there")
+    settings = checkpoint["settings"]
+    if settings.network == "UntimedUNet":
+        raise tools.UserError(f"{path}: a network without time (--no-time) can't be a UNet2DModel, which takes a time")
     try:
-        unet = make_unet(run)
+        state = {name.removeprefix("network."): tensor for name, tensor in checkpoint["ema"].items()}
+        unet = make_unet(settings)
         unet.load_state_dict(convert(state))
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: not a network of these lessons, or of another version of them") from error
-    scheduler = EDMDPMSolverMultistepScheduler(
-        sigma_min=lesson3.SIGMA_MIN, sigma_max=lesson3.SIGMA_MAX, sigma_data=run.sigma_data
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    unet.save_pretrained(folder)
-    scheduler.save_pretrained(folder)
+        raise tools.UserError(f"{path}: not a network of these lessons, or of another version of them") from error
+    sigmas = {"sigma_min": lesson3.SIGMA_MIN, "sigma_max": lesson3.SIGMA_MAX, "sigma_data": settings.sigma_data}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unet.save_pretrained(folder)
+        EDMDPMSolverMultistepScheduler(**sigmas).save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise tools.UserError(f"DIR must be a folder that can be written to ({error})") from error
 
 
 def main():
@@ -126,15 +127,10 @@ def main():
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of a run of 03 or 04")
     parser.add_argument("dir", metavar="DIR", type=Path, help="folder to write to")
     options = parser.parse_args()
-    try:
-        export(options.checkpoint, options.dir)
-    except UserError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
-    except (OSError, SafetensorError) as error:
-        parser.exit(2, f"{parser.prog}: DIR must be a folder that can be written to ({error})\n")
+    export(options.checkpoint, options.dir)
     for name in ("config.json", "diffusion_pytorch_model.safetensors", "scheduler_config.json"):
         print(f"wrote {options.dir / name}")
 
 
 if __name__ == "__main__":
-    main()
+    tools.run_command(main)

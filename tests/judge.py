@@ -5,7 +5,6 @@ the place of Inception, which was made for photographs). They depend on the judg
 is trained once, on the official training images, in about ten minutes on two CPU cores, and kept under runs/judge/.
 """
 
-import importlib
 import pickle
 import sys
 from pathlib import Path
@@ -15,12 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm, trange
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-lesson3 = importlib.import_module("03_unet_uncond")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lesson_tools as tools
 
 FEATURES = 256  # what both architectures end with
-KEPT = ROOT / "runs" / "judge"
+KEPT = tools.RUNS / "judge"
 
 
 class Block(nn.Module):
@@ -96,7 +94,7 @@ def train(judge, name, images, labels, epochs=10, batch_size=128, rate=2e-3, see
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(judge.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    precision = lesson3.choose_precision(images.device)  # bfloat16 without instructions for it takes ten times as long
+    precision = tools.choose_precision(images.device)  # bfloat16 without instructions for it takes ten times as long
     judge.train().to(memory_format=torch.channels_last)
     for _ in trange(epochs, desc=f"training the judge {name!r}", unit="epoch"):
         order = torch.randperm(len(images), generator=generator).to(images.device)
@@ -111,10 +109,10 @@ def train(judge, name, images, labels, epochs=10, batch_size=128, rate=2e-3, see
 
 
 def get_judge(name, images, labels):
-    """The judge of that name that is kept under runs/; where there is none, one is trained on these images and kept.
+    """The judge of that name that is kept under runs/; if there is none, one is trained on these images and kept.
 
-    images and labels as for `train`; the judge comes to their device. Raises UserError where the file is broken, or
-    can't be written.
+    images and labels as for `train`; the judge goes to their device. Raises UserError if the file is broken, or can't
+    be written.
     """
     path, seed = KEPT / f"{name}.pt", list(ARCHITECTURES).index(name)
     torch.manual_seed(seed)
@@ -123,17 +121,16 @@ def get_judge(name, images, labels):
         try:
             judge.load_state_dict(torch.load(path, map_location=images.device, weights_only=True))
         except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
-            raise lesson3.UserError(
-                f"{path}: damaged, or of another version; delete it, and one is trained anew"
-            ) from error
+            message = f"{path}: damaged, or of another version; delete it, and one is trained anew"
+            raise tools.UserError(message) from error
     else:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             train(judge, name, images, labels, seed=seed)
-            lesson3.save_checkpoint(path, judge.state_dict())
+            tools.save_checkpoint(path, judge.state_dict())
         except OSError as error:
             message = f"{path}: can't be written, but a judge is trained only once ({error})"
-            raise lesson3.UserError(message) from error
+            raise tools.UserError(message) from error
     return judge.eval()
 
 

@@ -3,7 +3,7 @@
     python tests/measure_attention.py [--steps N] [--seeds S] [--n N] [--out DIR]
 
 An image is grey, with a bar along its left edge and one along its right; both are white or both are black. Lesson 4's
-U-Net is given a single level here, so that it never goes down: twelve 3×3 convolutions carry what a pixel holds twelve
+U-Net has a single level here, so that it never goes down: twelve 3×3 convolutions carry what a pixel holds twelve
 pixels far, and there are sixteen between the bars. A group norm would be another way across, as all pixels meet in its
 mean; so here a norm keeps to each pixel. The network is trained with and without attention in its middle, on the same
 images in the same order, and of its samples those are counted whose bars match.
@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-lesson1 = importlib.import_module("01_time_embedding")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lesson_tools as tools
+
 lesson3 = importlib.import_module("03_unet_uncond")
 lesson4 = importlib.import_module("04_unet_cond")
 
@@ -68,9 +68,10 @@ def train_and_sample(attention, seed, steps, n):
     torch.manual_seed(seed)
     images = draw_pairs(10_000, torch.Generator().manual_seed(seed))
     denoiser = lesson3.Denoiser(make_network(attention), float((images / 127.5 - 1).std()))
-    ema, labels = copy.deepcopy(denoiser).requires_grad_(False), torch.zeros(len(images), dtype=torch.int64)
-    batches = (batch[:-1] for batch in lesson3.draw_batches(images, labels, BATCH_SIZE, seed, range(steps)))
-    for _ in lesson3.train(denoiser, ema, lesson3.make_optimizers(denoiser, 3e-3), batches, steps):
+    ema, optimizers = copy.deepcopy(denoiser).requires_grad_(False), lesson3.use_muon(denoiser.parameters(), 3e-3)
+    no_label = torch.ones(len(images), dtype=torch.int64)  # n_classes
+    batches = lesson3.draw_batches(images, no_label, BATCH_SIZE, seed, range(steps))
+    for _ in lesson3.train(denoiser, ema, optimizers, batches, steps):
         pass
     noise, samples = torch.stack([lesson3.starting_noise(seed, 0, i, (1, SIDE, SIDE)) for i in range(n)]), []
     for part in noise.split(100):
@@ -79,7 +80,12 @@ def train_and_sample(attention, seed, steps, n):
     return torch.cat(samples)
 
 
-def work(options):
+def main():
+    parser, count = tools.make_parser(__file__, __doc__), tools.number(int, 1, 10**6)
+    parser.add_argument("--steps", type=count, default=1000, help="of training (%(default)s)")
+    parser.add_argument("--seeds", type=count, default=3, help="(%(default)s)")
+    parser.add_argument("--n", type=count, default=400, help="samples (%(default)s)")
+    options = parser.parse_args()
     lesson3.P_MEAN = 2.7  # the colour of so large a bar is decided at a sigma of about 15
     shown = {"images": draw_pairs(10, torch.Generator().manual_seed(0)) / 127.5 - 1}
     print(f"{options.steps:,} steps of {BATCH_SIZE} images; of {options.n} samples, those whose bars match")
@@ -90,17 +96,9 @@ def work(options):
             share = bars_match(samples).float().mean()
             print(f"   {name:26}{share:7.1%}   {time.perf_counter() - began:.0f} s", flush=True)
             shown[name] = samples[:10].clamp(-1, 1)
-    title = "Two bars that have to match"
-    lesson1.save_picture(lesson1.plot_grid(title, torch.cat(list(shown.values())), 10, shown), options.out / "bars.png")
-
-
-def main():
-    parser, count = lesson1.make_parser(ROOT / Path(__file__).name, __doc__), lesson3.number(int, 1, 10**6)
-    parser.add_argument("--steps", type=count, default=1000, help="of training (%(default)s)")
-    parser.add_argument("--seeds", type=count, default=3, help="(%(default)s)")
-    parser.add_argument("--n", type=count, default=400, help="samples (%(default)s)")
-    work(parser.parse_args())
+    figure = tools.plot_grid("Two bars that have to match", torch.cat(list(shown.values())), 10, shown)
+    tools.save_picture(figure, options.out / "bars.png")
 
 
 if __name__ == "__main__":
-    main()
+    tools.run_command(main)

@@ -23,12 +23,11 @@ from judge import to_range
 from torch import nn
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-lesson1 = importlib.import_module("01_time_embedding")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import lesson_tools as tools
+
 lesson2 = importlib.import_module("02_attention")
-lesson3 = importlib.import_module("03_unet_uncond")
-data = importlib.import_module("data")
 
 SHARES = (0.01, 0.04, 0.16)
 PATCH = 7
@@ -146,11 +145,17 @@ def draw(results, sizes, data_name, path):
         f"and pre-training is worth {gains[0]:+.1f} and {gains[-1]:+.1f} points to the transformer",
         fontsize=11,
     )
-    lesson1.save_picture(figure, path)
+    tools.save_picture(figure, path)
 
 
-def work(options):
-    train_set, test_set = (lesson3.load_once(split=split, **lesson3.DATA) for split in data.SPLITS)
+def main():
+    parser, count = tools.make_parser(__file__, __doc__), tools.number(int, 1, 10**6)
+    parser.add_argument("--data", choices=data.NAMES, default="auto")
+    parser.add_argument("--seeds", type=count, default=3, help="(%(default)s)")
+    parser.add_argument("--steps", type=count, default=1000, help="of training on labelled images (%(default)s)")
+    parser.add_argument("--pretraining-steps", type=count, default=3000, help="without labels (%(default)s)")
+    options = parser.parse_args()
+    train_set, test_set = (data.load(options.data, split) for split in data.SPLITS)
     began = time.perf_counter()
     results, counts, sizes = measure(train_set, test_set, options.seeds, options.steps, options.pretraining_steps)
     print(f"\n{train_set.name}: test accuracy in %, mean (smallest to largest of {options.seeds} seeds)")
@@ -162,15 +167,5 @@ def work(options):
     draw(results, sizes, train_set.name, options.out / "data_efficiency.png")
 
 
-def main():
-    parser, count = lesson1.make_parser(ROOT / Path(__file__).name, __doc__), lesson3.number(int, 1, 10**6)
-    parser.add_argument("--data", choices=data.NAMES, default="auto")
-    parser.add_argument("--seeds", type=count, default=3, help="(%(default)s)")
-    parser.add_argument("--steps", type=count, default=1000, help="of training on labelled images (%(default)s)")
-    parser.add_argument("--pretraining-steps", type=count, default=3000, help="without labels (%(default)s)")
-    parser.set_defaults(data_dir=None, sample_only=False, show=False)  # for lesson 3
-    lesson3.start(parser, parser.parse_args(), work)
-
-
 if __name__ == "__main__":
-    main()
+    tools.run_command(main)

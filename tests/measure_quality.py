@@ -21,55 +21,63 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from distances import frechet_distance, kernel_distance
 from judge import ARCHITECTURES, get_judge, look, to_range
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-lesson1 = importlib.import_module("01_time_embedding")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import lesson_tools as tools
+
 lesson2 = importlib.import_module("02_attention")
 lesson3 = importlib.import_module("03_unet_uncond")
 lesson4 = importlib.import_module("04_unet_cond")
-data = importlib.import_module("data")
-reference = importlib.import_module("reference_numpy")
-UserError = lesson3.UserError
 
 SWEPT_STEPS = (4, 6, 9, 12, 18, 36)
 SWEPT_GUIDANCE = (0, 0.5, 1, 1.5, 2, 3)
 
 
 # %% The samples
-# What attention alone is worth says lesson 4's network if it is never told a label.
 class UnlabelledUNet(lesson4.CondUNet):
-    pass
+    """Lesson 4's network without labels: it shows what attention alone is worth."""
+
+    def embed(self, time, label):
+        return super().embed(time, None)
 
 
-NO_LABEL = lesson4.MODEL._replace(network=UnlabelledUNet, tell=lambda label, n: (torch.full_like(label, n),))
-UNTIMED, TIMED = lesson3.Model(lesson3.UntimedUNet), lesson3.Model(lesson3.TimeUNet)
-MODELS = {model.network.__name__: model for model in (UNTIMED, TIMED, NO_LABEL, lesson4.MODEL)}
+NETWORKS = {  # make_network and change_batches, for lesson 3
+    "UntimedUNet": (functools.partial(lesson3.make_network, network_class=lesson3.UntimedUNet), None),
+    "TimeUNet": (lesson3.make_network, None),
+    "UnlabelledUNet": (functools.partial(lesson4.make_network, network_class=UnlabelledUNet), None),
+    "CondUNet": (lesson4.make_network, lesson4.drop_labels),
+}
 
 
 def load_denoiser(path, device):
-    """The averaged denoiser in a checkpoint of lesson 3, lesson 4 or the ladder, and its `Run`. Raises UserError."""
-    checkpoint = lesson3.load_checkpoint(path)
-    if checkpoint is None or checkpoint["run"].network not in MODELS:
-        raise UserError(f"{path}: no checkpoint of these lessons there")
-    return lesson3.load_trained(path, MODELS[checkpoint["run"].network], device)
+    """The averaged denoiser in a checkpoint of lesson 3, lesson 4 or the ladder, and its `RunSettings`. Raises
+    UserError."""
+    checkpoint = tools.load_checkpoint(path, lesson3.RunSettings)
+    if checkpoint is None or checkpoint["settings"].network not in NETWORKS:
+        raise tools.UserError(f"{path}: no checkpoint of these lessons there")
+    make_network, _ = NETWORKS[checkpoint["settings"].network]
+    return lesson3.load_denoiser(path, make_network, device)
 
 
-def draw_samples(denoiser, run, n, steps=lesson3.STEPS, guidance=None):
+def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None):
     """n images, float32 (n, 1, height, width) in [-1, 1], and the labels (n,) asked for: the classes in turn.
 
     guidance: None if no label is given; then the second result is None, too.
     """
-    n_classes = 1 if guidance is None else len(run.classes)
-    starts = [(0, i % n_classes, i // n_classes) for i in range(n)]
-    sampler = functools.partial(lesson3.sample, sigmas=lesson3.noise_levels(steps))
+    n_classes = 1 if guidance is None else len(settings.classes)
+    noise_ids = [(0, i % n_classes, i // n_classes) for i in range(n)]
 
-    def make_denoise(label):
-        return denoiser if guidance is None else lesson4.guide(denoiser, label, guidance)
+    def generate(noise_ids):
+        label = torch.tensor([label for _, label, _ in noise_ids], device=denoiser.device)
+        denoise = denoiser if guidance is None else lesson4.guide(denoiser, label, guidance)
+        noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
+        return lesson3.sample(denoise, noise, lesson3.noise_levels(steps))
 
-    images, _ = lesson3.sample_images(run, starts, make_denoise, sampler, denoiser.device)
+    images, _ = lesson3.sample_images(generate, noise_ids, settings.size)
     return images, None if guidance is None else torch.arange(n) % n_classes
 
 
@@ -121,8 +129,8 @@ def measure_distances(features, expected):
     mean, deviation = expected.mean(axis=0), expected.std(axis=0)
     alive = deviation > 1e-3 * deviation.max()
     standardised = [((x - mean) / np.where(alive, deviation, 1))[:, alive] for x in (features, expected)]
-    kernel = 1000 * reference.kernel_distance(features, expected)
-    return [reference.frechet_distance(features, expected), kernel, reference.frechet_distance(*standardised)]
+    kernel = 1000 * kernel_distance(features, expected)
+    return [frechet_distance(features, expected), kernel, frechet_distance(*standardised)]
 
 
 class Panel:
@@ -178,28 +186,28 @@ def measure_copies(images, baselines, train, test, device):
 
 
 # %% The measurement of one checkpoint
-def measure(options, denoiser, run, train, test, panel):
-    """All figures of one checkpoint, with the settings of the command line."""
-    images, labels = draw_samples(denoiser, run, options.n, options.steps, options.guidance)
+def measure(options, denoiser, settings, train, test, panel):
+    """All figures of one checkpoint, with the steps and guidance of the command line."""
+    images, labels = draw_samples(denoiser, settings, options.n, options.steps, options.guidance)
     baselines = Baselines(train, options.n)
     print_table(" " * 26, [("samples", panel.judge(images, labels)), *baselines.judge(panel)])
     measure_copies(images, baselines, train, test, denoiser.device)
 
 
 # %% The sweep
-def sweep(options, denoiser, run, train, panel):
-    """Distances against steps, and against guidance where there is a label; the other is the command line's."""
-    settings = [(steps, options.guidance) for steps in sorted({*SWEPT_STEPS, options.steps})]
+def sweep(options, denoiser, settings, train, panel):
+    """Distances against steps, and against guidance if there is a label; the other is the command line's."""
+    pairs = [(steps, options.guidance) for steps in sorted({*SWEPT_STEPS, options.steps})]
     if options.guidance is not None:
-        settings += [(options.steps, guidance) for guidance in sorted({*SWEPT_GUIDANCE, options.guidance})]
+        pairs += [(options.steps, guidance) for guidance in sorted({*SWEPT_GUIDANCE, options.guidance})]
 
-    def measure_settings():
-        for steps, guidance in dict.fromkeys(settings):
-            told = "-" if guidance is None else f"{guidance:g}"
-            yield f"{steps:5}{told:>10}", panel.judge(*draw_samples(denoiser, run, options.n, steps, guidance))
+    def measure_pairs():
+        for steps, guidance in dict.fromkeys(pairs):
+            shown = "-" if guidance is None else f"{guidance:g}"
+            yield f"{steps:5}{shown:>10}", panel.judge(*draw_samples(denoiser, settings, options.n, steps, guidance))
         yield "training images", panel.judge(Baselines(train, options.n).images)
 
-    print_table("steps  guidance", measure_settings())
+    print_table("steps  guidance", measure_pairs())
 
 
 # %% The ladder
@@ -210,11 +218,11 @@ def climb(options, train, panel):
     fast the machine is. What a network takes longer for them stands in the table.
     """
     networks = {}
-    for name, model in MODELS.items():
+    for name, network in NETWORKS.items():
         print()
         path = options.out / name / "checkpoint.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        networks[name], run = lesson3.get_denoiser(options, model, path)
+        networks[name], settings = lesson3.train_or_load(options, path, *network)
     rungs = {
         "without time": ("UntimedUNet", None),
         "with time": ("TimeUNet", None),
@@ -222,28 +230,28 @@ def climb(options, train, panel):
         "with the label": ("CondUNet", 0.0),
         f"with guidance {options.guidance:g}": ("CondUNet", options.guidance),
     }
-    milliseconds, shown, found = measure_milliseconds(networks, run), [], {}
+    milliseconds, shown, found = measure_milliseconds(networks, settings), [], {}
 
     def measure_rungs():
         for rung, (name, guidance) in rungs.items():
-            images, labels = draw_samples(networks[name], run, options.n, options.steps, guidance)
+            images, labels = draw_samples(networks[name], settings, options.n, options.steps, guidance)
             shown.append(images[:10])
             found[rung] = panel.judge(images, labels)
             parameters = sum(parameter.numel() for parameter in networks[name].parameters())
             yield f"{rung:18}{parameters:12,}{milliseconds[name]:8.2f}", found[rung]
         yield from Baselines(train, options.n).judge(panel)
 
-    title = f"{run.data}, preset {run.preset}, {run.steps:,} steps of training each; {options.n:,} samples"
+    title = f"{settings.data}, preset {settings.preset}, {settings.steps:,} training steps each; {options.n:,} samples"
     print(f"\n{title}\nms: training on one image, without the optimiser")
     print_table(f"{'':18}{'parameters':>12}{'ms':>8}", measure_rungs())
     save_ladder(options.out / "ladder.png", title, shown, found)
 
 
-def measure_milliseconds(denoisers, run):
+def measure_milliseconds(denoisers, settings):
     """What a forward and backward pass takes for one image of a batch; denoisers: a dictionary. Returns another."""
-    x = lesson3.pad(torch.randn(run.batch_size, 1, *run.size), lesson3.PRESETS[run.preset])
+    x = lesson3.pad(torch.randn(settings.batch_size, 1, *settings.size), lesson3.PRESETS[settings.preset])
     trained = [copy.deepcopy(denoiser).requires_grad_() for denoiser in denoisers.values()]
-    layers = [functools.partial(denoiser, sigma=torch.ones(len(x))) for denoiser in trained]
+    layers = [functools.partial(denoiser, sigma=1.0) for denoiser in trained]
     seconds = lesson2.measure_seconds(layers, x.to(trained[0].device), enough=5)
     return {name: 1000 * value / len(x) for name, value in zip(denoisers, seconds, strict=True)}
 
@@ -251,7 +259,7 @@ def measure_milliseconds(denoisers, run):
 def save_ladder(path, title, shown, found):
     """A row of samples for each rung, and its distances beside them."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), width_ratios=(2, 1))
-    lesson1.plot_images(left, torch.cat(shown), 10, found)
+    tools.plot_images(left, torch.cat(shown), 10, found)
     for place, judge in enumerate(ARCHITECTURES):
         values = [verdicts[judge].distances[0] for verdicts in found.values()]
         y = np.arange(len(values)) + 0.36 * (place - 0.5)
@@ -261,56 +269,56 @@ def save_ladder(path, title, shown, found):
     right.margins(x=0.15)
     right.legend()
     figure.suptitle(title)
-    lesson1.save_picture(figure, path)
+    tools.save_picture(figure, path)
 
 
 # %% The command
 def work(options):
     """Do what the command line asks for. Raises UserError, DataError or OSError."""
     if options.ladder == bool(options.checkpoint):
-        raise UserError("either a CHECKPOINT, or --ladder, which trains its own")
+        raise tools.UserError("either a CHECKPOINT, or --ladder, which trains its own")
     options.n = options.n or (2_000 if options.sweep else 10_000)
-    device = lesson3.choose_device(options.device)
-    train, test = (lesson3.load_once(split=split, **lesson3.DATA) for split in data.SPLITS)
+    device = tools.choose_device(options.device)
+    train, test = (tools.load_data(options.data, split, options.data_dir) for split in data.SPLITS)
     sources, seen = {train[2:], test[2:]}, options.epochs * len(train.images)
     if options.checkpoint:
-        denoiser, run = load_denoiser(options.checkpoint, device)
-        sources, seen = sources | {(run.classes, run.data)}, run.epochs * run.images
-        if options.guidance is not None and run.network != "CondUNet":
-            raise UserError(f"--guidance: {run.network} in {options.checkpoint} has no label to be guided by")
+        denoiser, settings = load_denoiser(options.checkpoint, device)
+        sources, seen = sources | {(settings.classes, settings.data)}, settings.images_seen
+        if options.guidance is not None and settings.network != "CondUNet":
+            raise tools.UserError(f"--guidance: {settings.network} in {options.checkpoint} has no label to follow")
     if sources != {(data.fashion_mnist.CLASSES, "Fashion-MNIST")}:
-        raise UserError("the judges know Fashion-MNIST's own files alone; CHECKPOINT or --data-dir has others")
-    if options.guidance is None and (options.ladder or run.network == "CondUNet"):
+        raise tools.UserError("the judges know Fashion-MNIST's own files alone; CHECKPOINT or --data-dir has others")
+    if options.guidance is None and (options.ladder or settings.network == "CondUNet"):
         options.guidance = lesson4.choose_guidance(seen)
     panel = Panel(train, test, device)
-    told = "" if options.guidance is None else f", guidance {options.guidance:g}"
-    print(f"samples   {options.n:,} in {options.steps} steps{told}")
+    guidance = "" if options.guidance is None else f", guidance {options.guidance:g}"
+    print(f"samples   {options.n:,} in {options.steps} steps{guidance}")
     if options.ladder:
         climb(options, train, panel)
     elif options.sweep:
-        sweep(options, denoiser, run, train, panel)
+        sweep(options, denoiser, settings, train, panel)
     else:
-        measure(options, denoiser, run, train, test, panel)
+        measure(options, denoiser, settings, train, test, panel)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    add, number = parser.add_argument, lesson3.number
+    add, number = parser.add_argument, tools.number
     add("checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="checkpoint.pt of a run of 03 or 04")
     add("--sweep", action="store_true", help="the distance against steps, and against guidance")
     add("--ladder", action="store_true", help="train and measure the networks of lessons 3 and 4, instead")
     add("--n", metavar="N", type=number(int, 20, 60_000), help="samples (10,000; in a sweep 2,000)")
     add("--steps", metavar="S", type=number(int, 1, 10**6), default=lesson3.STEPS, help="(%(default)s)")
-    add("--guidance", metavar="W", type=number(float, 0, 100), help="where there is a label (as in 04)")
+    add("--guidance", metavar="W", type=number(float, 0, 100), help="if there is a label (as in 04)")
     add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
     add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), default=2, help="of the ladder (%(default)s)")
     add("--preset", choices=lesson3.PRESETS, default="small", help="of the ladder (%(default)s)")
     add("--restart", action="store_true", help="train the ladder anew, whatever checkpoints are there")
-    add("--out", metavar="DIR", type=Path, default=ROOT / "runs" / "ladder", help="of the ladder (%(default)s)")
-    parser.set_defaults(data="fashion-mnist", batch_size=None, seed=0, sample_only=False, show=False)  # for lesson 3
-    lesson3.start(parser, parser.parse_args(), work)
+    add("--out", metavar="DIR", type=Path, default=tools.RUNS / "ladder", help="of the ladder (%(default)s)")
+    parser.set_defaults(data="fashion-mnist", batch_size=None, seed=0, sample_only=False)  # for lesson 3
+    work(parser.parse_args())
 
 
 if __name__ == "__main__":
-    main()
+    tools.run_command(main)

@@ -15,7 +15,6 @@ it is, and gradients are clipped.
 
 import argparse
 import copy
-import functools
 import importlib
 import json
 import math
@@ -34,12 +33,12 @@ import torch.nn.functional as F
 from measure_quality import ARCHITECTURES, Baselines, Panel
 from torch import nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-lesson1 = importlib.import_module("01_time_embedding")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import lesson_tools as tools
+
 lesson3 = importlib.import_module("03_unet_uncond")
 lesson4 = importlib.import_module("04_unet_cond")
-data = importlib.import_module("data")
 
 
 # %% The ladder
@@ -48,7 +47,7 @@ class Recipe(NamedTuple):
 
     batch_size: int = 512
     preset: str = "lecture"
-    fast: bool = False  # bfloat16 where the device is fast with it, channels last
+    fast: bool = False  # bfloat16 if the device is fast with it, channels last
     edm: bool = False  # preconditioning, noise levels and sampler of lesson 3
     between: bool = False  # lesson 3's distribution of the noise levels, in the place of EDM's
     own_block: bool = False  # lesson 3's: group norm, scale and shift behind it, a silent start
@@ -126,18 +125,19 @@ def sigma_of(t):
     return 2 * torch.tan(math.pi / 2 * t)
 
 
-def make_denoiser(recipe, run, device):
-    """A new denoiser of that recipe, with weights that the run's seed decides."""
-    torch.manual_seed(run.seed)
+def make_denoiser(recipe, settings, device):
+    """A new denoiser of that recipe, with weights that the seed in the `RunSettings` decides."""
+    torch.manual_seed(settings.seed)
     preset = lesson3.PRESETS[recipe.preset]
     levels = preset.attention_levels if recipe.attention else ()
     kind = lesson4.CondUNet if recipe.own_block else LectureUNet
-    settings = preset.patch**2, preset.widths, preset.depth, preset.groups, levels, preset.head_dim
-    network = kind(*settings, len(run.classes))
+    sizes = preset.patch**2, preset.widths, preset.depth, preset.groups
+    network = kind(*sizes, levels, preset.head_dim, len(settings.classes))
     if not recipe.attention:
         network.middle[0].attention = nn.Identity()
     kind = lesson3.Denoiser if recipe.edm else LectureDenoiser
-    denoiser = kind(network, run.sigma_data, preset.patch, lesson3.choose_precision(device) if recipe.fast else None)
+    precision = tools.choose_precision(device) if recipe.fast else None
+    denoiser = kind(network, settings.sigma_data, preset.patch, precision)
     return denoiser.to(device, memory_format=torch.channels_last if recipe.fast else torch.contiguous_format)
 
 
@@ -148,21 +148,24 @@ def one_cycle(share):
     return low + (1 - low) * (1 - math.cos(math.pi * at)) / 2
 
 
-def draw_batches(recipe, run, dataset):
+def draw_batches(recipe, settings, dataset):
     """Batches without end, as lesson 3's, or with t drawn evenly from 0 to 1."""
-    for step, x0, sigma, noise, label in lesson3.draw_batches(*dataset, recipe.batch_size, run.seed, range(10**9)):
+    batches = lesson3.draw_batches(*dataset, recipe.batch_size, settings.seed, range(10**9))
+    if recipe.guidance:
+        batches = lesson4.drop_labels(batches, len(settings.classes))
+    for step, x0, sigma, noise, label in batches:
         if not recipe.edm:
             sigma = sigma_of(torch.rand(len(sigma), device=sigma.device).clamp(1e-3, 0.999))
-        yield step, x0, sigma, noise, *(lesson4.drop_labels(label, len(run.classes)) if recipe.guidance else (label,))
+        yield step, x0, sigma, noise, label
 
 
-def train(recipe, run, dataset, share_done):
+def train(recipe, settings, dataset, share_done):
     """The denoiser that samples, and how many images it was trained on. share_done(images seen): from 0 to 1."""
-    denoiser = make_denoiser(recipe, run, dataset[0].device)
+    denoiser = make_denoiser(recipe, settings, dataset[0].device)
     ema = copy.deepcopy(denoiser).requires_grad_(False)
     seen, schedule = 0, lesson3.schedule
     if recipe.muon:
-        optimizers = lesson3.make_optimizers(denoiser, recipe.muon)
+        optimizers = lesson3.use_muon(denoiser.parameters(), recipe.muon)
     else:
         max_lr = 0.01 * (recipe.batch_size / 512) ** 0.5
         optimizers = [torch.optim.Adam(denoiser.parameters(), max_lr, eps=1e-5, fused=True)]
@@ -174,45 +177,47 @@ def train(recipe, run, dataset, share_done):
     lesson3.schedule = by_share  # this process trains but once
     if not recipe.between:
         lesson3.P_MEAN, lesson3.P_STD = -1.2, 1.2
-    for _ in lesson3.train(denoiser, ema, optimizers, draw_batches(recipe, run, dataset), 10**9):
+    for _ in lesson3.train(denoiser, ema, optimizers, draw_batches(recipe, settings, dataset), 10**9):
         seen += recipe.batch_size
         if share_done(seen) >= 1:
             break
     return (ema if recipe.averaged else denoiser).eval().requires_grad_(False), seen
 
 
-def sample(recipe, run, denoiser, n):
+def sample(recipe, settings, denoiser, n):
     """n images, `(n, 1, h, w)`, the classes in turn."""
-    starts = [(0, i % len(run.classes), i // len(run.classes)) for i in range(n)]
     times = torch.linspace(0.99, 0, 100)
     sigmas, method = (lesson3.noise_levels(), "dpm++") if recipe.edm else (sigma_of(times).tolist(), "ddim")
-    sampler = functools.partial(lesson3.sample, sigmas=sigmas, method=method)
 
-    def make_denoise(label):
-        return lesson4.guide(denoiser, label, recipe.guidance, recipe.below)
+    def generate(noise_ids):
+        label = torch.tensor([label for _, label, _ in noise_ids], device=denoiser.device)
+        denoise = lesson4.guide(denoiser, label, recipe.guidance, recipe.below)
+        return lesson3.sample(denoise, lesson3.draw_noise(settings, noise_ids, denoiser.device), sigmas, method)
 
-    return lesson3.sample_images(run, starts, make_denoise, sampler, denoiser.device)[0]
+    n_classes = len(settings.classes)
+    noise_ids = [(0, i % n_classes, i // n_classes) for i in range(n)]
+    return lesson3.sample_images(generate, noise_ids, settings.size)[0]
 
 
 def measure_rung(recipe, seed, options, path):
     """Train, sample, and write what came out: images to path, and figures beside it."""
-    device = lesson3.choose_device(options.device)
-    train_set = lesson3.load_once("fashion-mnist", "train", options.data_dir)
+    device = tools.choose_device(options.device)
+    train_set = tools.load_data("fashion-mnist", "train", options.data_dir)
     images = lesson3.pad(torch.from_numpy(train_set.images)[:, None], lesson3.PRESETS[recipe.preset]).to(device)
-    spread = round(images.float().std().item() / 127.5, 4)
-    size, settings = train_set.images.shape[1:], (1, recipe.batch_size, seed, train_set.name, len(images))
-    run = lesson3.Run("CondUNet", recipe.preset, *settings, train_set.classes, size, spread)
+    sigma_data = round(images.float().std().item() / 127.5, 4)
+    size, asked = train_set.images.shape[1:], ("CondUNet", recipe.preset, 1, recipe.batch_size, seed)
+    settings = lesson3.RunSettings(*asked, train_set.name, len(images), train_set.classes, size, sigma_data)
     began = time.monotonic()
 
     def share_done(seen):
         return seen / options.images if options.images else (time.monotonic() - began) / (60 * options.minutes)
 
-    denoiser, seen = train(recipe, run, (images, torch.from_numpy(train_set.labels).to(device)), share_done)
+    denoiser, seen = train(recipe, settings, (images, torch.from_numpy(train_set.labels).to(device)), share_done)
     trained = time.monotonic()
-    samples = sample(recipe, run, denoiser, options.n)
+    samples = sample(recipe, settings, denoiser, options.n)
     figures = {"seen": seen, "seconds": trained - began, "sampling": time.monotonic() - trained}
-    lesson1.write(path.with_suffix(".json"), lambda file: file.write(json.dumps(figures).encode()))
-    lesson1.write(path, lambda file: np.save(file, samples.numpy()))
+    tools.write_atomically(path.with_suffix(".json"), lambda file: file.write(json.dumps(figures).encode()))
+    tools.write_atomically(path, lambda file: np.save(file, samples.numpy()))
 
 
 # %% What came out
@@ -230,7 +235,7 @@ def collect(options):
 
 
 def say(values, form):
-    """Their median, and from what to what they go where there are several."""
+    """Their median, and if there are several, from what to what they go."""
     median, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
     return median + f" ({low} to {high})" * (len(values) > 1)
 
@@ -253,7 +258,7 @@ def plot(title, rows, shown):
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.42 * len(rows) + 1), width_ratios=(5, 4))
     rates = [statistics.median(rate for _, rate, *_ in row) for row in rows.values()]
     names = [f"{name}: {rate:.0f}/s" for name, rate in zip(rows, rates, strict=True)]
-    lesson1.plot_images(left, torch.cat(list(shown.values())), 10, names)
+    tools.plot_images(left, torch.cat(list(shown.values())), 10, names)
     left.set_aspect("auto")  # each row is as high as a step on the right
     for judge, color in zip(reversed(ARCHITECTURES), ("0.6", "black"), strict=True):
         values = [statistics.median(verdict[judge].distances[0] for *_, verdict in row) for row in rows.values()]
@@ -269,33 +274,32 @@ def plot(title, rows, shown):
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    add, count = parser.add_argument, lesson3.number(int, 1, 10**9)
+    add, number = parser.add_argument, tools.number
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--minutes", metavar="M", type=lesson3.number(float, 1e-3, 1e5), default=5, help="(%(default)s)"
-    )
-    budget.add_argument("--images", metavar="N", type=count, help="instead of minutes")
-    add("--n", metavar="N", type=lesson3.number(int, 20, 60_000), default=1000, help="samples (%(default)s)")
-    add("--seeds", metavar="S", nargs="+", type=lesson3.number(int, 0, 2**63), default=[0], help="(0)")
+    budget.add_argument("--minutes", metavar="M", type=number(float, 1e-3, 1e5), default=5, help="(%(default)s)")
+    budget.add_argument("--images", metavar="N", type=number(int, 1, 10**9), help="instead of minutes")
+    add("--n", metavar="N", type=number(int, 20, 60_000), default=1000, help="samples (%(default)s)")
+    add("--seeds", metavar="S", nargs="+", type=number(int, 0, 2**63), default=[0], help="(0)")
     last = len(RECIPES) - 1
-    add("--rungs", metavar="R", nargs="+", type=lesson3.number(int, 0, last), default=range(last + 1), help="(all)")
+    add("--rungs", metavar="R", nargs="+", type=number(int, 0, last), default=range(last + 1), help="(all)")
     add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
-    add("--out", metavar="DIR", type=lesson1.folder, default=str(ROOT / "runs" / "recipe"), help="(%(default)s)")
+    add("--out", metavar="DIR", type=tools.writable_folder, default=str(tools.RUNS / "recipe"), help="(%(default)s)")
     add("--only", nargs=2, type=int, help=argparse.SUPPRESS)  # rung and seed: this process is one of those it starts
     return parser
 
 
-def work(options):
+def main():
+    options = make_parser().parse_args()
     budget = f"{options.images:,} images" if options.images else f"{options.minutes:g} minutes"
-    options.out = lesson1.folder(options.out / f"{budget}, {options.n}".replace(" ", "_").replace(",", ""))
+    options.out = tools.writable_folder(options.out / f"{budget}, {options.n}".replace(" ", "_").replace(",", ""))
     if options.only:
         rung, seed = options.only
         measure_rung(list(RECIPES.values())[rung], seed, options, options.out / f"{rung:02}_seed_{seed}.npy")
         return
     results = list(collect(options))
-    train_set, test_set = (lesson3.load_once("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
-    panel = Panel(train_set, test_set, lesson3.choose_device(options.device))
+    train_set, test_set = (tools.load_data("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
+    panel = Panel(train_set, test_set, tools.choose_device(options.device))
     asked, rows, shown = torch.arange(options.n) % 10, {}, {}
     for name, figures, images in results:
         rates = figures["seen"], figures["seen"] / figures["seconds"], options.n / figures["sampling"]
@@ -307,15 +311,8 @@ def work(options):
     for name, verdict in Baselines(train_set, options.n).judge(panel):
         said = ", ".join(f"{verdict[judge].distances[0]:.3g} before {judge!r}" for judge in ARCHITECTURES)
         print(f"{name}: {said}")
-    lesson1.save_picture(plot(title, rows, shown), options.out / "recipe.png")
-
-
-def main():
-    parser = make_parser()
-    options = parser.parse_args()
-    options.data, options.show, options.sample_only = "fashion-mnist", False, False  # for lesson 3
-    lesson3.start(parser, options, work)
+    tools.save_picture(plot(title, rows, shown), options.out / "recipe.png")
 
 
 if __name__ == "__main__":
-    main()
+    tools.run_command(main)

@@ -33,11 +33,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import lesson_tools as tools
+
 lesson2 = importlib.import_module("02_attention")
 lesson3 = importlib.import_module("03_unet_uncond")
 lesson4 = importlib.import_module("04_unet_cond")
 PRESETS = lesson3.PRESETS
-TIMED, CONDITIONAL = lesson3.Model(lesson3.TimeUNet), lesson4.MODEL  # the first has no attention
+TIMED, CONDITIONAL = lesson3.make_network, lesson4.make_network  # the first has no attention
 
 
 # %% The competitors
@@ -50,7 +52,7 @@ class Diffusers(nn.Module):
         self.n_classes = (unet.config.num_class_embeds or 1) - 1
 
     def forward(self, x, time, label=None):
-        """x: `(n, channels, h, w)`, time: `(n,)`, label: `(n,)`, left out where the model has no classes."""
+        """x: `(n, channels, h, w)`, time: `(n,)`, label: `(n,)`, left out if the model has no classes."""
         return self.unet(x, time, label if self.unet.config.num_class_embeds else None).sample
 
 
@@ -62,7 +64,7 @@ class Competitor(NamedTuple):
     """A network and how it computes."""
 
     kind: str  # "ours", "by hand" or "diffusers"
-    model: lesson3.Model
+    make_network: Callable  # TIMED or CONDITIONAL
     preset: str
     precision: torch.dtype | None = None  # None is float32
     size: int = 28  # of the images, before they are padded as the preset needs it
@@ -72,16 +74,18 @@ class Competitor(NamedTuple):
         return f"{self.kind}, {name_precision(self.precision)}"
 
     def make_denoiser(self, device):
-        size, classes = (self.size, self.size), tuple("0123456789")
-        run = lesson3.Run(self.model.network.__name__, self.preset, 1, 64, 0, "noise", 256, classes, size, 0.7)
+        preset, classes = PRESETS[self.preset], tuple("0123456789")
+        network = self.make_network(preset, len(classes))
+        asked = type(network).__name__, self.preset, 1, 64, 0
+        settings = lesson3.RunSettings(*asked, "noise", 256, classes, (self.size, self.size), 0.7)
         if self.kind == "diffusers":
-            unet = Diffusers(make_unet(run))
-            return lesson3.Denoiser(unet, run.sigma_data, PRESETS[self.preset].patch, self.precision).to(device)
-        denoiser = lesson3.make_denoiser(run, self.model, device)
+            unet = Diffusers(make_unet(settings))
+            return lesson3.Denoiser(unet, settings.sigma_data, preset.patch, self.precision).to(device)
+        for layer in network.modules():
+            if self.kind == "by hand" and isinstance(layer, lesson2.MultiHeadSelfAttention):
+                layer.attention_fn = lesson2.attention
+        denoiser = lesson3.make_denoiser(network, settings, device)
         denoiser.precision = self.precision
-        for layer in denoiser.modules():
-            if self.kind == "by hand" and isinstance(layer, lesson2.TokenSelfAttention):
-                layer.attend = lesson2.attention
         return denoiser
 
     def make_images(self, n, device):
@@ -97,22 +101,19 @@ def synchronize(device):
 
 def start_training(competitor, device, batch_size, muon=False):
     """A function that trains for a step, which is lesson 3's: noise, loss, backward, clipping, optimiser, moving
-    average. The optimiser is AdamW, or lesson 3's pair with Muon. Nothing is compiled, though a run on a GPU is."""
+    average. The optimiser is AdamW, or lesson 3's pair with Muon."""
     denoiser = competitor.make_denoiser(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    optimizers = lesson3.make_optimizers(denoiser, 0.0) if muon else [lesson3.adamw(denoiser.parameters(), 0.0)]
-    images, labels = competitor.make_images(256, device)
-
-    def batches():
-        for *batch, label in lesson3.draw_batches(images, labels, batch_size, 0, range(10**6)):
-            yield *batch, *competitor.model.tell(label, 10)
-
-    return functools.partial(next, lesson3.train(denoiser, ema, optimizers, batches(), 10**6))
+    optimizers = (lesson3.use_muon if muon else lesson3.use_adamw)(denoiser.parameters(), 0.0)
+    batches = lesson3.draw_batches(*competitor.make_images(256, device), batch_size, 0, range(10**6))
+    if competitor.make_network is CONDITIONAL:
+        batches = lesson4.drop_labels(batches, 10)
+    return functools.partial(next, lesson3.train(denoiser, ema, optimizers, batches, 10**6))
 
 
 def start_sampling(competitor, device, batch_size, steps, guidance, method="dpm++"):
     """A function that draws a batch in so many steps, as lesson 4 does. A step of these methods is one evaluation of
-    the network; where guidance acts, of twice as many images."""
+    the network; if guidance acts, of twice as many images."""
     denoiser = competitor.make_denoiser(device).eval().requires_grad_(False)
     images, label = competitor.make_images(batch_size, device)
     noise = torch.randn(images.shape, device=device)
@@ -260,13 +261,13 @@ def print_rows(rows):
 
 
 # %% Training and sampling, beside others
-def training_tasks(model, preset, precisions, steps):
-    """Diffusers as it comes first; attention by hand where there is attention, as the lecture has it, in float32."""
+def training_tasks(make_network, preset, precisions, steps):
+    """Diffusers as it comes first; attention by hand if there is attention, as the lecture has it, in float32."""
     for kind in ("diffusers", "by hand", "ours"):
         for precision in precisions:
-            competitor = Competitor(kind, model, preset, precision)
+            competitor = Competitor(kind, make_network, preset, precision)
             theirs = competitor._replace(kind="diffusers").name
-            if kind != "by hand" or (model is CONDITIONAL and precision is None):
+            if kind != "by hand" or (make_network is CONDITIONAL and precision is None):
                 yield Task(competitor.name, competitor, start_training, None if kind == "diffusers" else theirs, steps)
     yield Task(f"{competitor.name}, Muon", competitor, functools.partial(start_training, muon=True), None, steps)
 
@@ -348,7 +349,7 @@ def measure_cost(name, preset, size, device, precision, budget=2e10):
     batch_size = min(64, max(1, round(budget / operations)))
     run = prepare(Task(name, competitor, start_training), device, batch_size)
     (taken,) = interleave({name: run}).values()
-    parameters, kept = sum(p.numel() for p in denoiser.parameters()), lesson2.measure_kept(denoiser, *one)
+    parameters, kept = sum(p.numel() for p in denoiser.parameters()), lesson2.saved_bytes(denoiser, *one)
     return parameters, operations, kept, batch_size / statistics.median(taken), batch_size
 
 
@@ -363,7 +364,7 @@ def measure_growth(device, precision):
 
 # %% As a command
 def describe_machine(device, peaks):
-    """One line; peaks: operations per second by precision, where they were measured."""
+    """One line; peaks: operations per second by precision, if they were measured."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -374,7 +375,7 @@ def describe_machine(device, peaks):
 
 
 def main(arguments=None):
-    count = lesson3.number(int, 1, 10**6)
+    count = tools.number(int, 1, 10**6)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--growth", action="store_true", help="what larger images, nets and attention cost, instead")
     parser.add_argument("--limited", action="store_true", help="preset small on a CPU as if it had AVX2 alone, instead")
@@ -384,11 +385,8 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.limited and not LIMITS.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | LIMITS)  # begins again, with the limits
-    try:
-        device = lesson3.choose_device("cpu" if options.limited else options.device)
-    except lesson3.UserError as error:
-        parser.error(str(error))
-    began, fast = time.perf_counter(), None if options.limited else lesson3.choose_precision(device)
+    device = tools.choose_device("cpu" if options.limited else options.device)
+    began, fast = time.perf_counter(), None if options.limited else tools.choose_precision(device)
     if options.growth:
         print(describe_machine(device, {}))
         measure_growth(device, fast)
@@ -402,4 +400,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    tools.run_command(main)

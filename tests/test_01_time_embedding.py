@@ -1,4 +1,4 @@
-"""Lesson 1 against reference_numpy and diffusers; its pictures, its claims, and what all scripts share."""
+"""Lesson 1 against reference_numpy and diffusers; its pictures and claims; and all four scripts as commands."""
 
 import importlib
 import math
@@ -9,11 +9,13 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 
+import lesson_tools as tools
 from reference_numpy import embedding as reference
 from reference_numpy import linear, silu
 
@@ -78,8 +80,8 @@ def test_bad_arguments_are_named(times, dim, max_period, told):
 def test_a_shift_is_a_rotation_and_dot_products_depend_on_the_distance_only(shift):
     for times, dim, max_period in random_cases(50):
         dim += dim % 2
-        matrix = lesson.rotation(shift, dim, max_period)
-        np.testing.assert_allclose(matrix, reference.rotation(shift, dim, max_period), rtol=0, atol=1e-12 * 1000)
+        matrix = lesson.shift_matrix(shift, dim, max_period)
+        np.testing.assert_allclose(matrix, reference.shift_matrix(shift, dim, max_period), rtol=0, atol=1e-12 * 1000)
         times = times[times.abs() < 1e4]
         embedding, moved = (timestep_embedding(t, dim, max_period) for t in (times, times + shift))
         torch.testing.assert_close(embedding @ matrix.T, moved, rtol=0, atol=1e-12 * 1e4)
@@ -102,25 +104,29 @@ def test_time_embedding_and_scale_shift_equal_numpy(redraw, compare, columns, ch
 
 
 # The script
+def section_titles(script):
+    return re.findall(r"^# %% (\d+\. .+)$", Path(script.__file__).read_text(encoding="utf-8"), re.M)
+
+
 def run_main(script, out, monkeypatch, capsys):
     """What a script prints, and the names of its pictures, which are wide and not blank."""
-    before = lesson.plt.get_fignums()
+    before = plt.get_fignums()
     monkeypatch.setattr(sys, "argv", [script.__name__, "--out", str(out)])
     script.main()
     printed, pictures = capsys.readouterr().out, sorted(out.iterdir())
+    assert re.findall(r"^(\d+\. .+)$", printed, re.M) == section_titles(script)
     assert re.findall(r"^wrote (.+)$", printed, re.M) == [str(picture) for picture in pictures]
     for picture in pictures:
         pixels = matplotlib.image.imread(picture)
         assert 700 < pixels.shape[1] < 1000 and pixels.shape[0] < pixels.shape[1]
         assert pixels[..., :3].std() > 0.05
-    assert lesson.plt.get_fignums() == before  # every figure is closed
+    assert plt.get_fignums() == before  # every figure is closed
     return printed, [picture.name for picture in pictures]
 
 
 def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     printed, pictures = run_main(lesson, tmp_path / "pictures" / "of lesson 1", monkeypatch, capsys)
-    names = ["clock", "steps", "distances", "max_period", "rotation", "scale_shift"]
-    assert re.findall(r"^(\d+\. .+)$", printed, re.M) == [f"{i}. {n.replace('_', ' ')}" for i, n in enumerate(names, 1)]
+    names = ["clock", "steps", "distances", "max_period", "shift", "scale_shift"]
     assert pictures == [f"0{i}_{name}.png" for i, name in enumerate(names, 1)]
     t = np.arange(1001)
     for name, rows in (("as one number", t[:, None]), ("as 64 columns", reference.timestep_embedding(t, 64))):
@@ -129,30 +135,20 @@ def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
         assert len(told) >= 3 and np.abs(told[:, 1] - expected[told[:, 0].astype(int)]).max() < 0.00051
     for last, period in ((99, 10), (99, 100), (99, 10_000), (1, 10_000)):
         still = (np.ptp(reference.timestep_embedding(np.linspace(0, last, 100), 16, period), axis=0) < 0.02).sum()
-        assert f"t from 0 to {last}, max_period {period}: {still} of 16 columns stand still" in printed
+        assert f"t from 0 to {last}, max_period {period}: {still} of 16 columns barely vary" in printed
     assert float(re.search(r"largest difference (\S+)", printed)[1]) < 1e-12
 
 
-# What all scripts share
+# All scripts
 @pytest.mark.parametrize("script", sorted(SCRIPT.parent.glob("0*.py")), ids=lambda path: path.stem)
 def test_import_does_nothing(script, tmp_path, monkeypatch, capsys):
     """Not even at a prompt, where the cells run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script), "--nonsense"])
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
-    before = lesson.plt.get_fignums()
+    before = plt.get_fignums()
     runpy.run_path(str(script), run_name="imported")
-    assert not list(tmp_path.iterdir()) and not any(capsys.readouterr()) and lesson.plt.get_fignums() == before
-
-
-def test_pictures_go_beside_the_script_also_through_a_link(tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "06_link.py").symlink_to(tmp_path / "05_next.py")
-    for name in ("05_next", "elsewhere/06_link"):
-        parser = lesson.make_parser(str(tmp_path / f"{name}.py"), "Lesson 5: what is next.\n\nMore.")
-        assert parser.description == "Lesson 5: what is next."
-        out = parser.parse_args([]).out
-        assert out == tmp_path / "runs" / Path(name).name and out.is_dir()
+    assert not list(tmp_path.iterdir()) and not any(capsys.readouterr()) and plt.get_fignums() == before
 
 
 @pytest.mark.parametrize("script", [lesson, importlib.import_module("02_attention")])
@@ -166,24 +162,12 @@ def test_pictures_go_beside_the_script_also_through_a_link(tmp_path):
 )
 def test_typing_errors_are_named_before_anything_is_drawn(script, arguments, told, tmp_path, monkeypatch, capsys):
     if "locked" in arguments:  # to root, no folder is
-        monkeypatch.setattr(lesson.tempfile, "TemporaryFile", Mock(side_effect=PermissionError(13, "denied")))
+        monkeypatch.setattr(tools.tempfile, "TemporaryFile", Mock(side_effect=PermissionError(13, "denied")))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    monkeypatch.setattr(lesson, "run_sections", lambda *_: pytest.fail("it began to draw"))
-    monkeypatch.setattr(script, "__file__", str(tmp_path / SCRIPT.name))  # its own folder is made
+    monkeypatch.setattr(tools, "run_sections", lambda *_: pytest.fail("it began to draw"))
+    monkeypatch.setattr(tools, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments])
     with pytest.raises(SystemExit) as stopped:
         script.main()
     assert stopped.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
-
-
-def test_a_grid_reads_row_by_row_and_is_filled_with_background():
-    images = torch.rand(5, 1, 4, 6)
-    figure = lesson.plot_grid("Five of six", images, columns=3, rows=["one", "two"], titles=["a", "b", "c"])
-    (axes,) = figure.axes
-    filled = torch.cat([images, torch.full((1, 1, 4, 6), -1.0)])[:, 0]
-    expected = torch.cat([torch.cat(list(row), dim=1) for row in filled.split(3)])
-    assert np.array_equal(axes.images[0].get_array(), expected) and axes.images[0].get_clim() == (-1, 1)
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
-    assert axes.get_xticks().tolist() == [2.5, 8.5, 14.5] and axes.get_yticks().tolist() == [1.5, 5.5]
-    lesson.plt.close(figure)

@@ -6,6 +6,7 @@ import math
 import re
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_01_time_embedding import run_main
 from torch import nn
 
 import data
+import lesson_tools as tools
 import reference_numpy as reference
 
 lesson = importlib.import_module("02_attention")
@@ -51,8 +53,8 @@ def gradients(output, *inputs):
 @pytest.fixture
 def attention_layer(redraw):
     def make(channels, heads, groups=1, dtype=torch.float64, by_hand=False):
-        attend = lesson.attention if by_hand else lesson.fused_attention
-        return redraw(lesson.MultiHeadSelfAttention(channels, heads, groups, attend).to(dtype))
+        attention_fn = lesson.attention if by_hand else lesson.fused_attention
+        return redraw(lesson.AttentionBlock(channels, heads, groups, attention_fn).to(dtype))
 
     return make
 
@@ -63,11 +65,11 @@ def test_weights_and_averages_equal_numpy(dtype, tolerance):
     for scale in (0, 1, 5):
         q, k, v = torch.tensor([scale, scale, 1])[:, None, None, None] * torch.randn(3, 1, 40, 6, dtype=dtype)
         weights = lesson.attention_weights(q, k)
-        expected = reference.self_attention(*(t[0].double().numpy() for t in (q, k, v)))
+        expected = reference.attention(*(t[0].double().numpy() for t in (q, k, v)))
         for averages in (weights @ v, lesson.attention(q, k, v), lesson.fused_attention(q, k, v)):
             assert_near(averages[0], expected, tolerance)
-    heard = lesson.pixel_attention(v.mT.unflatten(2, (8, 5)))
-    assert_near(heard.flatten(2).mT, lesson.attention(v, v, v), tolerance)
+    attended = lesson.pixel_attention(v.mT.unflatten(2, (8, 5)))
+    assert_near(attended.flatten(2).mT, lesson.attention(v, v, v), tolerance)
 
 
 # 2. Pixels
@@ -90,14 +92,13 @@ def test_one_garment_of_each_class_also_of_other_data(monkeypatch):
     """Of images that are not 28 × 28, few classes, and one that doesn't occur."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 14, 7), np.uint8)
     test = data.Dataset(pixels, np.array([2, 2, 0, 2, 0, 0]), ("none", "all", "some"), "symbols")
-    monkeypatch.setattr(data, "load", lambda name, split, download: test)
-    monkeypatch.setattr(lesson, "load_one_of_each", lesson.load_one_of_each.__wrapped__)
-    images, classes, name = lesson.load_one_of_each()
+    monkeypatch.setattr(tools, "load_data", lambda split, download: test)
+    images, classes, name = tools.load_one_of_each()
     assert classes == ["none", "some"] and name == "symbols" and images.shape == (2, 1, 28, 28)
     expected = torch.from_numpy(pixels[[2, 0]]).repeat_interleave(2, dim=1).repeat_interleave(4, dim=2)
     assert_near(images[:, 0], expected / 127.5 - 1, 1e-6)
     for show in (lesson.show_one_pixel, lesson.show_rearrange):
-        lesson.plt.close(show())
+        plt.close(show())
 
 
 # 3. What a pixel depends on
@@ -106,9 +107,9 @@ def test_convolutions_see_a_neighbourhood_and_attention_sees_everything(redraw, 
     x = torch.randn(1, 4, 15, 13, dtype=torch.float64)
     convolutions = redraw(nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(reach))).double())
     rows, columns = (torch.arange(15) - 7).abs() <= reach, (torch.arange(13) - 6).abs() <= reach
-    assert torch.equal(lesson.influence(convolutions, x, 7, 6) > 0, rows[:, None] & columns)
+    assert torch.equal(lesson.input_gradient(convolutions, x, 7, 6) > 0, rows[:, None] & columns)
     for layer in (lesson.pixel_attention, attention_layer(4, 2)):
-        assert lesson.influence(layer, x, 0, 0).all()
+        assert lesson.input_gradient(layer, x, 0, 0).all()
 
 
 # 4. What flattening loses
@@ -120,11 +121,6 @@ def test_permuting_pixels_permutes_the_output_of_attention(attention_layer):
     assert lesson.relative_error(torch.tensor([1.0, -3.0]), torch.tensor([2.0, -4.0])) == 0.25
 
 
-# 5. The division
-def test_entropy():
-    assert_near(lesson.entropy(torch.tensor([[0, 1, 0, 0], [0.25] * 4, [0.5, 0, 0.5, 0]])), [0, 2, 1], 1e-6)
-
-
 # 6. One head
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_one_head_with_three_projections_equals_numpy_with_one(redraw, dtype, tolerance):
@@ -134,7 +130,7 @@ def test_one_head_with_three_projections_equals_numpy_with_one(redraw, dtype, to
         for name in ("weight", "bias"):
             p[f"attention.qkv.{name}"] = np.concatenate([p[f"{part}.{name}"] for part in "qkv"])
         x = torch.randn(shape, dtype=dtype)
-        expected = reference.multi_head_self_attention(x.double().numpy(), p, 1, groups)
+        expected = reference.attention_block(x.double().numpy(), p, 1, groups)
         assert_near(layer(x), expected, tolerance)
 
 
@@ -145,14 +141,14 @@ def test_heads_equal_numpy_and_pytorch(attention_layer, by_hand, dtype, toleranc
     for i, (channels, heads, groups, shape) in enumerate(shapes(60)):
         layer = attention_layer(channels, heads, groups, dtype, by_hand)
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
-        expected = reference.multi_head_self_attention(x.detach().double().numpy(), arrays(layer), heads, groups)
+        expected = reference.attention_block(x.detach().double().numpy(), arrays(layer), heads, groups)
         assert_near(layer(x), expected, tolerance)
         if i < 20:
-            theirs, tokens = lesson.to_torch(layer), layer.norm(x).flatten(2).mT
-            heard, weights = theirs(tokens, tokens, tokens, average_attn_weights=False)
-            assert_near(layer.attention(tokens), heard, tolerance)
+            theirs, tokens = lesson.to_torch_mha(layer.attention), layer.norm(x).flatten(2).mT
+            averages, weights = theirs(tokens, tokens, tokens, average_attn_weights=False)
+            assert_near(layer.attention(tokens), averages, tolerance)
             assert_near(layer.weights(x), weights, tolerance)
-            expected = gradients(x + heard.mT.reshape(shape), x, *layer.norm.parameters(), *theirs.parameters())
+            expected = gradients(x + averages.mT.reshape(shape), x, *layer.norm.parameters(), *theirs.parameters())
             assert_near(gradients(layer(x), x, *layer.parameters()), expected, tolerance)
 
 
@@ -160,9 +156,9 @@ def test_heads_equal_numpy_and_pytorch(attention_layer, by_hand, dtype, toleranc
 def test_fused_attention_in_bfloat16(autocast):
     q, k, v = torch.randn(3, 2, 3, 10, 4, dtype=torch.bfloat16)
     with torch.autocast("cpu", enabled=autocast):
-        heard = lesson.fused_attention(q, k, v)
+        averages = lesson.fused_attention(q, k, v)
     expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
-    assert heard.dtype == torch.bfloat16 and torch.equal(heard, expected)
+    assert averages.dtype == torch.bfloat16 and torch.equal(averages, expected)
 
 
 # 9. What heads are for
@@ -182,7 +178,7 @@ def test_fused_attention_keeps_no_weights():
     kept = {}
     for side in (16, 32):
         x, layers = torch.randn(3, 16, side, side), lesson.cost_layers(channels=16, heads=4)
-        by_hand, fused, convolution = kept[side] = [lesson.measure_kept(layer, x) for layer in layers.values()]
+        by_hand, fused, convolution = kept[side] = [lesson.saved_bytes(layer, x) for layer in layers.values()]
         assert by_hand >= 4 * 4 * side**4  # all weights of one image
         assert fused < by_hand / 10
         assert convolution == 4 * 16 * side**2  # its input, and neither its parameters nor the other images
@@ -198,7 +194,7 @@ def test_transformer_block_equals_pytorch(redraw, dtype, tolerance):
         tokens = torch.randn(n, s, channels, dtype=dtype)
         options = {"dropout": 0, "activation": "gelu", "batch_first": True, "norm_first": True}
         theirs = nn.TransformerEncoderLayer(channels, heads, 4 * channels, **options).to(dtype)
-        theirs.self_attn.load_state_dict(lesson.to_torch(block.attention).state_dict())
+        theirs.self_attn.load_state_dict(lesson.to_torch_mha(block.attention).state_dict())
         for name, part in (("norm1", "norm1"), ("norm2", "norm2"), ("linear1", "mlp.0"), ("linear2", "mlp.2")):
             theirs.get_submodule(name).load_state_dict(block.get_submodule(part).state_dict())
         assert_near(block(tokens), theirs(tokens), tolerance)
@@ -235,8 +231,8 @@ def test_attention_expresses_any_convolution(redraw, dtype, tolerance):
 
 
 # What is refused
-KINDS = [lesson.TokenSelfAttention, lesson.MultiHeadSelfAttention, lesson.TransformerBlock]
-GROUPED = [lesson.SelfAttention, partial(lesson.MultiHeadSelfAttention, heads=2)]
+KINDS = [lesson.MultiHeadSelfAttention, lesson.AttentionBlock, lesson.TransformerBlock]
+GROUPED = [lesson.SelfAttention, partial(lesson.AttentionBlock, heads=2)]
 OPTIONS = [{"stride": 2}, {"dilation": 2}, {"groups": 2}, {"padding_mode": "circular"}, {"padding": "valid"}]
 OPTIONS += [{"padding": 0}, {"kernel_size": 1, "padding": 0}, {"kernel_size": 5}, {"kernel_size": (3, 1)}]
 OTHERS = [nn.Conv2d(2, 2, **{"kernel_size": 3, "padding": 1} | options) for options in OPTIONS]
@@ -261,9 +257,8 @@ def test_what_does_not_fit_is_refused(make, told):
 def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lesson, "SIDES", (4, 8))
     printed, pictures = run_main(lesson, tmp_path, monkeypatch, capsys)
-    assert re.findall(r"^(\d+)\. ", printed, re.M) == [str(i) for i in range(1, 14)]
     expected = ["02_one_pixel", "03_reach", "04_shuffled_pixels", "05_division", "07_rearrange", "09_ears", "11_cost"]
-    assert pictures == [f"{name}.png" for name in (*expected, "13_convolution")]
+    assert pictures == [f"{name}.png" for name in expected]
     sections = re.split(r"^\d+\. ", printed, flags=re.M)
 
     def numbers(section, pattern):
@@ -272,8 +267,10 @@ def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     assert numbers(3, r"depends on (\d+) of 784") == [9, 25, 169, 784]
     attention, convolution = numbers(4, r"relative difference (\S+)")
     assert attention < 1e-12 and convolution > 0.1
-    assert sections[7].count("the same by hand: True") == len(lesson.GALLERY)
+    assert sections[7].count("the same by hand: True") == len(lesson.EXAMPLES)
     assert max(numbers(6, r"off by (\S+)") + numbers(8, r"off by (\S+)")) < 1e-5
+    undivided, divided = numbers(5, r" undivided .*weight (\S+)"), numbers(5, r" divided .*weight (\S+)")
+    assert undivided == sorted(undivided) and undivided[-1] > 0.8 and max(divided) < 0.06
     one_head, two_heads = numbers(9, r"error (\S+)")
     assert one_head > 0.4 and two_heads < 0.01
     shares = np.array([numbers(9, r"gives (\d+)%")[1:], numbers(9, r"(\d+)% to the right")[1:]])  # ears heads, of two
@@ -284,3 +281,4 @@ def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     with_positions, without = numbers(12, r"by (\S+)\n")
     assert with_positions > 1e-4 and without < 1e-5
     assert max(numbers(13, r"relative difference (\S+)")) < 1e-5
+    assert numbers(13, r"(\d+)%") == [100, 100, 100, 100, 0, 0, 100, 0, 0]  # above, and to the left

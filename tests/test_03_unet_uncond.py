@@ -1,11 +1,7 @@
-"""Lesson 3: the U-Net and its parts, the denoiser, the samplers against closed forms, training, checkpoints."""
+"""Lesson 3: the U-Net and its parts, the denoiser, the samplers against closed forms, training, its settings."""
 
 import copy
-import functools
-import io
 import math
-import os
-import zipfile
 from itertools import pairwise
 from unittest import mock
 
@@ -15,7 +11,8 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+
+import lesson_tools as tools
 
 noisy = torch.randn  # noisy(n, channels, height, width)
 
@@ -28,7 +25,7 @@ def time_unet(lesson3, redraw):
 # The network
 @pytest.mark.parametrize(("widths", "depth", "groups"), [((8,), 1, 4), ((8, 16), 2, 2), ((12, 8, 16), 1, 4)])
 @pytest.mark.parametrize("kind", ["UntimedUNet", "TimeUNet"])
-def test_any_size_that_can_be_halved_and_a_silent_start(lesson3, widths, depth, groups, kind):
+def test_any_size_that_can_be_halved_and_an_output_that_starts_at_zero(lesson3, widths, depth, groups, kind):
     network = getattr(lesson3, kind)(3, widths, depth, groups)
     step = 2 ** (len(widths) - 1)
     for n, height, width in ((1, step, step), (3, 2 * step, 3 * step)):
@@ -80,7 +77,7 @@ def test_saved_in_front_of_a_class_changes_nothing_but_saves(lesson3):
 
 
 # Noise and the denoiser
-def test_the_loss_of_a_silent_network_is_one_at_every_sigma(lesson3):
+def test_the_loss_of_a_new_network_is_one_at_every_sigma(lesson3):
     denoiser = lesson3.Denoiser(lesson3.UntimedUNet(4, (8,), 1, 4), 1.0, patch=2)
     images = noisy(64, 1, 16, 16)
     assert lesson3.loss_by_level(denoiser, images) == pytest.approx([1] * len(lesson3.LEVELS), abs=0.05)
@@ -97,10 +94,17 @@ def test_the_order_of_each_sampler(lesson3, method, order):
     exact = high * noise * math.sqrt((low**2 + s**2) / (high**2 + s**2))
     for steps in (40, 80, 160, 320):
         sigmas = [*np.geomspace(high, low, steps + 1).tolist(), 0.0]
-        states = lesson3.sample(lambda x, sigma: x * s**2 / (sigma[0] ** 2 + s**2), noise, sigmas, method)
+        states = lesson3.sample(lambda x, sigma: x * s**2 / (sigma**2 + s**2), noise, sigmas, method)
         *_, (_, x, _), _ = states
         errors.append((x - exact).abs().max().item())
     assert [coarse / fine for coarse, fine in pairwise(errors)] == pytest.approx([2**order] * 3, rel=0.08)
+
+
+def test_a_number_for_sigma_is_a_sigma_for_all(lesson3, time_unet):
+    denoiser, x = lesson3.Denoiser(time_unet.double(), 0.5), noisy(3, 2, 8, 8).double()
+    expected = denoiser(x, torch.full((3,), 1.7).double())
+    torch.testing.assert_close(denoiser(x, 1.7), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(denoiser(x, 1.7, torch.tensor([0, 1, 2])), expected, rtol=1e-6, atol=1e-6)  # no labels
 
 
 def test_evaluations_are_as_many_as_promised(lesson3):
@@ -108,7 +112,7 @@ def test_evaluations_are_as_many_as_promised(lesson3):
     for method, expected in (("ddim", 9), ("dpm++", 9), ("heun", 17)):  # Heun's step to zero needs no second one
         denoise = mock.Mock(return_value=noise)
         list(lesson3.sample(denoise, noise, sigmas, method))
-        assert [call.args[1].shape for call in denoise.call_args_list] == [(1,)] * expected
+        assert len(denoise.call_args_list) == expected
     with pytest.raises(ValueError, match="ddim"):
         next(lesson3.sample(denoise, noise, sigmas, "euler"))
 
@@ -146,35 +150,26 @@ def test_batches_are_a_function_of_seed_and_step(lesson3):
         assert (values.mean().item(), values.std().item()) == pytest.approx((mean, std), abs=0.05)
 
 
-def make_parts(lesson3, widths=(8, 8)):
+def make_parts(lesson3):
+    """A denoiser, its average, and its optimizers."""
     torch.manual_seed(0)
-    denoiser = lesson3.Denoiser(lesson3.TimeUNet(1, widths, 1, 4), 0.5)
-    muon, adamw = lesson3.make_optimizers(denoiser, max_lr=5e-3)
-    return {"denoiser": denoiser, "ema": copy.deepcopy(denoiser), "muon": muon, "adamw": adamw}
-
-
-RUN = ("TimeUNet", "small", 1.0, 8, 0, "noise", 8, ("a", "b"), (8, 8), 0.5)
-
-
-def write_checkpoint(lesson3, path, parts):
-    content = {"run": lesson3.Run(*RUN)._asdict(), "step": 11, "losses": torch.ones(3)}
-    lesson3.save_checkpoint(path, content | {name: part.state_dict() for name, part in parts.items()})
+    denoiser = lesson3.Denoiser(lesson3.TimeUNet(1, (8, 8), 1, 4), 0.5)
+    return denoiser, copy.deepcopy(denoiser), lesson3.use_muon(denoiser.parameters(), max_lr=5e-3)
 
 
 def test_training_learns(lesson3):
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     images[1, :, 2:6, 2:6] = 200
-    batches = (batch[:-1] for batch in lesson3.draw_batches(images, torch.zeros(2), 16, 0, range(30)))
-    denoiser, ema, *optimizers = make_parts(lesson3).values()
-    losses = [loss.item() for _, loss, _ in lesson3.train(denoiser, ema, optimizers, batches, 30)]
+    batches = lesson3.draw_batches(images, torch.zeros(2), 16, 0, range(30))
+    losses = [loss.item() for _, loss, _ in lesson3.train(*make_parts(lesson3), batches, 30)]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
 def test_a_step_follows_the_mean_of_the_losses(lesson3):
-    denoiser, ema, *optimizers = make_parts(lesson3).values()
+    denoiser, ema, optimizers = make_parts(lesson3)
     twin, sigma = copy.deepcopy(denoiser), torch.tensor([0.02, 0.5, 3.0, 70.0])
     x0, noise = noisy(2, 4, 1, 8, 8)
-    ((_, loss, norm),) = lesson3.train(denoiser, ema, optimizers, [(0, x0, sigma, noise)], 1)
+    ((_, loss, norm),) = lesson3.train(denoiser, ema, optimizers, [(0, x0, sigma, noise, None)], 1)
     losses = lesson3.denoising_loss(twin, x0, sigma, noise)
     losses.mean().backward()
     torch.testing.assert_close(loss, losses.mean())
@@ -226,7 +221,7 @@ def test_muon_is_that_of_pytorch(lesson3):
 
 
 def test_each_parameter_has_one_optimizer(lesson3):
-    denoiser, _, *optimizers = make_parts(lesson3).values()
+    denoiser, _, optimizers = make_parts(lesson3)
     owned = [weight for optimizer in optimizers for weight in optimizer.param_groups[0]["params"]]
     assert len(owned) == len(set(owned))
     assert set(owned) == set(denoiser.parameters())
@@ -253,96 +248,53 @@ def test_the_average_follows_and_is_smoother(lesson3):
     assert distances[-1] < 0.1
 
 
-# Checkpoints
-def load(lesson3, path, content):
-    path.write_bytes(content)
-    try:
-        return lesson3.load_checkpoint(path)
-    except lesson3.UserError as error:
-        assert str(error).startswith(f"{path}: damaged")
-        return None
-
-
-def test_a_damaged_file_is_refused_or_harmless(lesson3, tmp_path):
-    path, layer = tmp_path / "c.pt", nn.Linear(3, 2)
-    assert lesson3.load_checkpoint(path) is None
-    write_checkpoint(lesson3, path, {"ema": layer})
-    good, whole = path.read_bytes(), lesson3.load_checkpoint(path)
-    assert (whole["run"], whole["step"]) == (lesson3.Run(*RUN), 11)
-    torch.testing.assert_close(whole["ema"], layer.state_dict(), rtol=0, atol=0)
-    random, found = np.random.default_rng(0), []
-    for at in random.integers(0, len(good), 500).tolist():
-        n = int(random.integers(1, 40))
-        bit = bytes([good[at] ^ 1 << random.integers(8)])
-        ways = [(bit, 1), (bytes(n), n), (random.bytes(n), n), (b"", n), (random.bytes(n), 0), (b"", len(good))]
-        content, lost = ways[random.integers(len(ways))]  # a bit flipped, bytes zeroed, replaced, lost, put in; a cut
-        found.append(load(lesson3, path, good[:at] + content + good[at + lost :]))
-    for read in filter(None, found):
-        torch.testing.assert_close(read["ema"], whole["ema"], rtol=0, atol=0)
-        assert (read["run"], read["step"]) == (whole["run"], whole["step"])
-    assert found.count(None) > 300  # between the entries there is much that is not read
-    folder = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(good)) as source, zipfile.ZipFile(folder, "w") as target:
-        for entry in source.infolist():
-            entry.external_attr = 0x10 * entry.filename.endswith("data/0")  # the weights: "a folder"
-            target.writestr(entry, source.read(entry))
-    assert load(lesson3, path, folder.getvalue()) is None
-
-
-def test_what_is_no_checkpoint_is_refused(lesson3, tmp_path, monkeypatch):
-    class Harmful:
-        def __reduce__(self):
-            return os.mkdir, ("harm",)
-
-    monkeypatch.chdir(tmp_path)
-    good = {"run": lesson3.Run(*RUN)._asdict(), "step": 1, "ema": {}}
-    bad = [{name: value for name, value in good.items() if name != missing} for missing in good]
-    bad += [good | {"run": good["run"] | change} for change in ({"preset": "large"}, {"colour": 1})]
-    for content in (good, *bad, good | {"more": Harmful()}):
-        file = io.BytesIO()
-        torch.save(content, file)
-        assert (load(lesson3, tmp_path / "c.pt", file.getvalue()) is None) == (content is not good)
-    assert not (tmp_path / "harm").exists()
-
-
-def test_parts_that_do_not_fit_are_refused(lesson3, tmp_path):
-    for widths, names in (((8, 8, 8), ("denoiser", "ema", "muon", "adamw")), ((12, 12), ("denoiser", "ema"))):
-        write_checkpoint(lesson3, tmp_path / "c.pt", make_parts(lesson3, widths))
-        checkpoint = lesson3.load_checkpoint(tmp_path / "c.pt")
-        for name in names:
-            with pytest.raises(lesson3.UserError, match=r"c.pt: .*--restart"):
-                lesson3.restore(checkpoint, tmp_path / "c.pt", **{name: make_parts(lesson3)[name]})
+# A run
+SETTINGS = ("TimeUNet", "small", 12, 8, 0, "noise", 8, ("a", "b"), (8, 8), 0.5)
 
 
 def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkeypatch):
-    path, device, run = tmp_path / "c.pt", torch.device("cpu"), lesson3.Run(*RUN)
-    model, tiny = lesson3.Model(lesson3.TimeUNet), lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4)
+    path, device, settings = tmp_path / "c.pt", torch.device("cpu"), lesson3.RunSettings(*SETTINGS)
+    tiny = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4)
     monkeypatch.setitem(lesson3.PRESETS, "small", tiny)
-    with pytest.raises(lesson3.UserError, match="no checkpoint there"):
-        lesson3.load_trained(path, model, device)
-    ema = lesson3.make_denoiser(run._replace(seed=1), model, device)
-    write_checkpoint(lesson3, path, {"ema": ema})
-    denoiser, of_run = lesson3.load_trained(path, model, device)
-    assert of_run == run
+
+    def load(**asked):
+        return lesson3.load_denoiser(path, lesson3.make_network, device, **asked)
+
+    with pytest.raises(tools.UserError, match="no checkpoint there"):
+        load()
+    ema = lesson3.make_denoiser(lesson3.make_network(tiny, 2), settings, device)
+    content = {"settings": settings._asdict(), "step": 11, "ema": ema.state_dict()}
+    tools.save_checkpoint(path, content)
+    denoiser, found = load(steps=12, seed=0)
+    assert found == settings and found.images_seen == 96
     torch.testing.assert_close(denoiser.state_dict(), ema.state_dict(), rtol=0, atol=0)
     assert not denoiser.training and not any(parameter.requires_grad for parameter in denoiser.parameters())
-    with pytest.raises(lesson3.UserError, match="network TimeUNet there, UntimedUNet here"):
-        lesson3.load_trained(path, lesson3.Model(lesson3.UntimedUNet), device)
+    for change, asked, complaint in (
+        ({}, {"steps": 13}, "steps 12 there, 13 here"),
+        ({"network": "UntimedUNet"}, {}, "network UntimedUNet there, TimeUNet here"),
+        ({"preset": "huge"}, {}, "its preset, 'huge', must be one of small, lecture"),
+    ):
+        tools.save_checkpoint(path, content | {"settings": settings._replace(**change)._asdict()})
+        with pytest.raises(tools.UserError, match=complaint):
+            load(**asked)
+    tools.save_checkpoint(path, content | {"ema": lesson3.Denoiser(nn.Linear(1, 1), 0.5).state_dict()})
+    with pytest.raises(tools.UserError, match="of another version"):
+        load()
 
 
 # Pictures
-def test_samples_are_the_last_state_and_a_film_has_all(lesson3):
-    starts, sigmas = [(0, 0, index) for index in range(5)], lesson3.noise_levels(3)
-    sampler = functools.partial(lesson3.sample, sigmas=sigmas)
+def test_samples_are_the_last_state_and_the_strip_has_all(lesson3):
+    settings, sigmas = lesson3.RunSettings(*SETTINGS), lesson3.noise_levels(3)
 
-    def make_denoise(label):
-        return lambda x, sigma: torch.full_like(x, 0.25)
+    def generate(noise_ids):
+        noise = lesson3.draw_noise(settings, noise_ids, torch.device("cpu"))
+        return lesson3.sample(lambda x, sigma: torch.full_like(x, 0.25), noise, sigmas)
 
-    images, film = lesson3.sample_images(lesson3.Run(*RUN), starts, make_denoise, sampler, torch.device("cpu"))
+    images, strip = lesson3.sample_images(generate, [(0, 0, index) for index in range(5)], (8, 8))
     assert images.shape == (5, 1, 8, 8)
     assert (images == 0.25).all()
-    assert [sigma for sigma, *_ in film] == sigmas
-    assert all(part.shape == (4, 1, 8, 8) for _, *state in film for part in state)
+    assert [sigma for sigma, *_ in strip] == sigmas
+    assert all(part.shape == (4, 1, 8, 8) for _, *state in strip for part in state)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (27, 31), (1, 1), (64, 30)])
@@ -368,19 +320,6 @@ def test_the_order_of_layers_matters(lesson3):
     assert lesson3.correlation(x[:1, :1], 3 * y[:1, :1] + 1) == pytest.approx(expected, abs=1e-6)
 
 
-def test_layers_are_counted_right(lesson3):
-    network, x = lesson3.UNet(1, (8, 16), 1, 4), noisy(1, 1, 8, 8)
-    rows = {name: tuple(numbers) for name, *numbers in lesson3.measure_layers(network, x)}
-    way_down = ["conv_in", "down.0.0", "downsample.0", "down.1.0", "middle.0", "middle.1"]
-    way_up = ["up.0.0", "up.0.1", "upsample.0", "up.1.0", "up.1.1", "conv_out"]
-    assert list(rows) == way_down + way_up
-    assert sum(parameters for *_, parameters, _ in rows.values()) == sum(p.numel() for p in network.parameters())
-    assert rows["conv_in"] == (8, 8, 8, 8 * 9 + 8, 9 * 8 * 64)
-    with FlopCounterMode(display=False) as counter:
-        network(x)
-    assert sum(operations for *_, operations in rows.values()) == counter.get_total_flops() // 2
-
-
 def test_skips_help(lesson3):
     images = torch.full((16, 1, 12, 12), -1.0)
     images[:, :, ::3] = torch.linspace(-1, 1, 16).view(16, 1, 1, 1)
@@ -390,28 +329,7 @@ def test_skips_help(lesson3):
 
 def test_a_small_denoiser_knows_the_spread_of_its_images(lesson3):
     """So the loss of a new one is 1 (if the images' mean is 0), whatever their scale."""
-    choose = lambda denoiser: [lesson3.adamw(denoiser.parameters(), 0.004)]  # noqa: E731
     for scale in (0.1, 0.3):
-        _, losses = lesson3.train_small(lesson3.TimeUNet, scale * noisy(80, 1, 28, 28), choose, steps=1)
+        images = scale * noisy(80, 1, 28, 28)
+        _, losses = lesson3.train_small(lesson3.TimeUNet, images, lesson3.use_adamw, 0.004, steps=1)
         assert losses == pytest.approx([1], abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("instructions", "expected"),
-    [
-        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, None),
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True}, torch.bfloat16),
-        ({}, None),  # another maker's
-    ],
-)
-def test_bfloat16_is_for_processors_with_instructions_for_it(lesson3, monkeypatch, instructions, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
-    assert lesson3.choose_precision(torch.device("cpu")) == expected
-    assert lesson3.choose_precision(torch.device("mps")) is None
-
-
-@pytest.mark.parametrize(("new", "expected"), [(False, None), (True, torch.bfloat16)])
-def test_bfloat16_is_for_gpus_that_do_not_imitate_it(lesson3, monkeypatch, new, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or new)
-    assert lesson3.choose_precision(torch.device("cuda")) == expected

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import lesson_tools as tools
 from data.fashion_mnist import CLASSES
 
 
@@ -21,9 +22,9 @@ def inputs():
     return torch.randn(4, 2, 8, 12), torch.randn(4) * 100, torch.tensor([0, 1, 2, 3])
 
 
-def test_attention_stands_on_its_levels_and_in_the_middle_and_is_silent(lesson4):
+def test_attention_stands_on_its_levels_and_in_the_middle_and_starts_at_zero(lesson4):
     network = lesson4.CondUNet(1, (8, 16, 32), 2, 4, attention_levels=(0, 1), head_dim=8, n_classes=10)
-    kind = lesson4.lesson2.MultiHeadSelfAttention
+    kind = lesson4.lesson2.AttentionBlock
     layers = {name: module for name, module in network.named_modules() if isinstance(module, kind)}
     assert list(layers) == [
         *(f"down.{level}.{i}.attention" for level in (0, 1) for i in (0, 1)),
@@ -68,14 +69,22 @@ def test_the_compiled_network_is_the_same_network(lesson3, cond_unet):
 
 def test_labels_are_dropped_one_time_in_ten(lesson4):
     label = torch.arange(30_000) % 3
-    (dropped,) = lesson4.drop_labels(label, 3)
+    batch = 7, torch.zeros(1), torch.ones(1), torch.ones(1), label
+
+    def drop():
+        torch.manual_seed(0)
+        (((step, *rest, dropped)),) = lesson4.drop_labels([batch], 3)
+        assert step == 7 and all(kept is part for kept, part in zip(rest, batch[1:], strict=False))
+        return dropped, torch.rand(1)
+
+    (dropped, after), (again, _) = drop(), drop()
     no_label = dropped == 3
     assert no_label.float().mean() == pytest.approx(0.1, abs=0.01)
     torch.testing.assert_close(dropped[~no_label], label[~no_label])
+    torch.testing.assert_close(again, dropped)  # the seed of the step decides
     torch.manual_seed(0)
-    torch.testing.assert_close(lesson4.drop_labels(label, 3), (dropped,))  # the seed of the step decides
-    assert not torch.equal(lesson4.drop_labels(label, 3)[0], dropped)
-    assert lesson4.MODEL.tell is lesson4.drop_labels
+    torch.rand(len(label))
+    torch.testing.assert_close(torch.rand(1), after)  # one number for each label, drawn after noise levels and noise
 
 
 @pytest.mark.parametrize("guidance", [-1.0, 0, 0.7, 3])
@@ -91,7 +100,7 @@ def test_labels_are_dropped_one_time_in_ten(lesson4):
 )
 def test_guidance_is_a_line_through_two_predictions(lesson3, lesson4, cond_unet, guidance, sigma, more, guided):
     denoiser = lesson3.Denoiser(cond_unet.double(), 0.6)
-    x, sigma = torch.randn(3, 2, 8, 8).double(), torch.full((3,), sigma).double()
+    x = torch.randn(3, 2, 8, 8).double()
     label = torch.tensor([2, 0, 1])
     calls = []
     cond_unet.register_forward_hook(lambda _, inputs, output: calls.append(len(output)))
@@ -103,13 +112,13 @@ def test_guidance_is_a_line_through_two_predictions(lesson3, lesson4, cond_unet,
     torch.testing.assert_close(found, expected)
 
 
-def test_a_class_is_found_by_name_or_number(lesson3, lesson4):
+def test_a_class_is_found_by_name_or_number(lesson4):
     for text, number in (("Ankle boot", 9), ("ankle BOOT", 9), ("9", 9), ("0", 0), ("T-shirt/top", 0)):
         assert lesson4.find_classes(text, CLASSES) == [number]
     assert lesson4.find_classes("3", ("0", "1", "2", "3")) == [3]  # a number that is a name
     assert lesson4.find_classes(None, ("a", "b", "c")) == [0, 1, 2]
     for text in ("10", "-1", "boot", "", "1.5", "²"):
-        with pytest.raises(lesson3.UserError, match=r"T-shirt/top, .*, Ankle boot, or a number from 0 to 9"):
+        with pytest.raises(tools.UserError, match=r"T-shirt/top, .*, Ankle boot, or a number from 0 to 9"):
             lesson4.find_classes(text, CLASSES)
 
 
@@ -143,11 +152,11 @@ def test_blended_labels_lead_from_class_to_class(lesson3, lesson4, cond_unet, in
 
 @pytest.mark.parametrize("n", [2, 4, 9, 10, 11])
 def test_each_row_leads_from_one_class_to_another(lesson4, monkeypatch, n):
-    rows, run = [], SimpleNamespace(classes=tuple(map(str, range(n))), data="pictures")
-    monkeypatch.setattr(lesson4, "load", lambda: (SimpleNamespace(device="cpu"), run))
+    rows, settings = [], SimpleNamespace(classes=tuple(map(str, range(n))), data="pictures")
+    monkeypatch.setattr(lesson4, "load_demo_model", lambda: (SimpleNamespace(device="cpu"), settings))
     monkeypatch.setattr(lesson4, "blend", lambda denoiser, one, other, steps: rows.append((one, other)))
     monkeypatch.setattr(lesson4, "guide", lambda *inputs: None)
-    monkeypatch.setattr(lesson4, "follow", lambda denoise, starts: torch.rand(len(starts), 1, 4, 4))
+    monkeypatch.setattr(lesson4, "generate", lambda denoise, noise_ids: torch.rand(len(noise_ids), 1, 4, 4))
     lesson4.show_blend()
     assert rows and all(one != other and max(one, other) < n for one, other in rows)
 
@@ -157,18 +166,18 @@ def test_caught_weights_are_those_of_the_layer(lesson3, lesson4, cond_unet):
     layer = cond_unet.middle[0].attention
     seen = []
     layer.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0], output)))
-    weights = lesson4.catch_weights(layer, denoiser, torch.randn(2, 2, 8, 12), torch.tensor([1.0, 3.0]))
+    weights = lesson4.catch_weights(layer, denoiser, torch.randn(2, 2, 8, 12), 1.5)
     assert weights.shape == (2, layer.attention.heads, 4, 6, 4, 6)
     weights = weights.flatten(4).flatten(2, 3)  # n heads (h w) (h w)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, layer.attention.heads, 4 * 6))
     ((x, expected),) = seen
     values = layer.attention.split(lesson2.to_tokens(layer.norm(x)))[2]
-    heard = layer.attention.proj((weights @ values).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(x + lesson2.to_image(heard, 4), expected)  # what the network used, fused
+    averages = layer.attention.proj((weights @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(x + lesson2.to_image(averages, 4), expected)  # what the network used, fused
     assert not layer._forward_pre_hooks
 
 
-def test_without_norms_no_branch_is_silent_and_none_has_a_norm(lesson3, lesson4):
+def test_without_norms_no_branch_is_zero_and_none_has_a_norm(lesson3, lesson4):
     network = lesson4.without_norms(lesson3.TimeUNet(1, (8, 16), 1, 4))
     for module in network.modules():
         assert not isinstance(module, nn.GroupNorm)

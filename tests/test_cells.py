@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +14,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FEW = {"\nimport data\n": "\nimport data\ndata.garments.SPLITS.update(train=500, test=100)\n"}
+FEW = {  # garments, without asking anybody for Fashion-MNIST
+    "import lesson_tools as tools\n": """import lesson_tools as tools
+tools.data.fashion_mnist.HOSTS = ()
+tools.data.garments.SPLITS.update(train=500, test=100)
+"""
+}
 SHORTER = {
     "01_time_embedding.py": {},
     "02_attention.py": FEW | {"SIDES = (8, 16, 32, 64)": "SIDES = (2, 4)", "steps=200": "steps=2"},
     "03_unet_uncond.py": FEW
     | {
-        '"name": "auto"': '"name": "garments"',
-        "choose, steps=120": "choose, steps=20",
-        "range(120)": "range(20)",
+        "max_lr, steps=600": "max_lr, steps=2",
         "noise_levels(400)": "noise_levels(40)",
-        'load_images("train", 2000)': 'load_images("train", 200)',
-        "steps=100": "steps=2",
+        "images, steps=100": "images, steps=2",
         "range(100), curves": "range(2), curves",
         "index in range(100)": "index in range(4)",
     },
@@ -48,29 +51,53 @@ def run_cells(script):
     for cell in re.split(r"^(?=# %%)", text, flags=re.MULTILINE):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             shell.run_cell(cell).raise_error()
-        draws = "return figure" in cell or "return lesson" in cell
+        draws = any(f"    return {drawn}" in cell for drawn in ("figure\n", "tools.plot_", "plot_denoising"))
         yield cell.partition("\n")[0], printed.getvalue(), draws, len(plt.get_fignums())
         plt.close("all")
 
 
+def run_magic(*arguments):
+    """`%run` with these arguments, as a user of IPython, Jupyter or Spyder types it."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    InteractiveShell.instance().run_line_magic("run", shlex.join(arguments))
+
+
 @pytest.fixture(scope="module")
-def cells(tmp_path_factory):
-    """Of each script, what `run_cells` yields."""
+def environment(tmp_path_factory):
+    """Of a process that runs this file: in an empty folder, without data, without a network that somebody trained."""
     folder = tmp_path_factory.mktemp("cells")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1"}
-    environment.pop("FASHION_MNIST_DIR", None)
-    options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, __file__, script], **options) for script in SHORTER]
+    variables = {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1", "LESSON_RUN": str(folder)}
+    kept = {name: value for name, value in os.environ.items() if name != "FASHION_MNIST_DIR"}
+    return {"cwd": folder, "env": kept | variables, "stdout": subprocess.PIPE, "text": True}
+
+
+@pytest.fixture(scope="module")
+def cells(environment):
+    """Of each script, what `run_cells` yields."""
+    processes = [subprocess.Popen([sys.executable, __file__, script], **environment) for script in SHORTER]
     cells = {}
     for script, process in zip(SHORTER, processes, strict=True):
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate()
         assert process.returncode == 0, output
         cells[script] = json.loads(output.splitlines()[-1])
-    assert not [path for path in folder.iterdir() if path.suffix in (".png", ".pt")]  # nothing was trained
+    assert not [path for path in environment["cwd"].iterdir() if path.suffix in (".png", ".pt")]  # nothing was trained
     return cells
 
 
-@pytest.mark.parametrize(("script", "sections"), [*zip(SHORTER, (6, 13, 12, 7), strict=True)])
+def test_run_in_ipython_trains_like_the_command(environment, tmp_path):
+    options = ["--data", "garments", "--epochs", "0.002", "--batch-size", "10", "--steps", "1", "--n", "1", "--out"]
+    command = [sys.executable, __file__, "%run", str(ROOT / "04_unet_cond.py"), *options, str(tmp_path)]
+    result = subprocess.run(command, **environment)
+    assert result.returncode == 0
+    assert "2 steps of 10 images" in result.stdout and "1. Attention" not in result.stdout  # no section ran
+    written = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    again = subprocess.run(command, **environment)
+    assert "finished in an earlier run" in again.stdout
+
+
+@pytest.mark.parametrize(("script", "sections"), [*zip(SHORTER, (6, 13, 13, 7), strict=True)])
 def test_every_cell_runs_in_order_and_shows_its_picture(cells, script, sections):
     numbers = [re.match(r"# %% (\d+)", title) for title, *_ in cells[script]]
     assert [int(number[1]) for number in numbers if number] == list(range(1, sections + 1))
@@ -86,6 +113,9 @@ def test_what_lesson_3_prints_is_so(cells):
     assert re.search(r"SavedConv -> Saved -> Conv2d -> .*: runs Saved.forward, saves \(2, 4, 6, 6\)\n .*True", printed)
     assert re.search(r"MixedInBehind -> Conv2d -> .* saves nothing\n .*True", printed)
     assert "by hand or by sample, largest difference: 0\n" in printed
+    losses = re.search(r"loss of a new network +(.*)", printed)[1].split()
+    expected = [1, float(re.search(r"1 \+ \(mean / sigma_data\)² (\S+)", printed)[1])]
+    assert [float(losses[0]), float(losses[-1])] == pytest.approx(expected, abs=0.02)
     ddim, dpm = (re.search(rf"{method} +(.*)", printed)[1].split() for method in ("ddim", r"dpm\+\+"))
     assert all(float(a) > float(b) for a, b in zip(ddim[2:], dpm[2:], strict=True))
 
@@ -99,4 +129,7 @@ def test_what_lesson_4_prints_is_so(cells):
 
 
 if __name__ == "__main__":
-    print(json.dumps(list(run_cells(sys.argv[1]))))
+    if sys.argv[1] == "%run":
+        run_magic(*sys.argv[2:])
+    else:
+        print(json.dumps(list(run_cells(sys.argv[1]))))

@@ -9,7 +9,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_01_time_embedding import DEVICES
+from test_01_time_embedding import DEVICES, section_titles
 from test_data import idx, write_pictures
 
+import lesson_tools as tools
 from data import fashion_mnist, load
 
 ROOT = Path(__file__).parent.parent
@@ -30,19 +30,17 @@ FILES = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.p
 
 
 @pytest.fixture
-def run_untouched(lesson3, monkeypatch, capsys):
+def run_untouched(monkeypatch, capsys):
     """run_untouched(lesson, arguments, status=0) -> output, errors: its main, in this process, ends with that status
-    (None: 0 or 2). Where it is 2, one line that begins with the script's name says why."""
-    monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
-    for name, value in lesson3.DATA.items():
-        monkeypatch.setitem(lesson3.DATA, name, value)  # is as it was when the test is over
+    (None: 0 or 2). If it is 2, one line that begins with the script's name says why."""
+    for name in ("FASHION_MNIST_DIR", "LESSON_RUN"):  # --show sets them
+        monkeypatch.delenv(name, raising=False)
 
     def run(lesson, *arguments, status=0):
         monkeypatch.setattr(sys, "argv", [lesson.__file__, *map(str, arguments)])
         ended = 0
         try:
-            with torch.compiler.set_stance("force_eager"):  # on a GPU: to compile takes a minute
-                lesson.main()
+            tools.run_command(lesson.main)
         except SystemExit as stopped:
             ended = stopped.code or 0
         output, errors = capsys.readouterr()
@@ -54,12 +52,23 @@ def run_untouched(lesson3, monkeypatch, capsys):
 
 
 @pytest.fixture
+def nothing_loaded(lesson4):
+    """The sections keep data and network for each other; here they load them anew, and leave nothing to other tests."""
+    cached = tools.load_data, lesson4.load_demo_model
+    for load_once in cached:
+        load_once.cache_clear()
+    yield
+    for load_once in cached:
+        load_once.cache_clear()
+
+
+@pytest.fixture
 def run(lesson3, run_untouched, monkeypatch):
     """The same with a quick network, in float32."""
     quick = lesson3.PRESETS["small"]._replace(**QUICK)
     monkeypatch.setitem(lesson3.PRESETS, "small", quick)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", quick._replace(patch=1, widths=(8, 16, 16, 16)))
-    monkeypatch.setattr(lesson3, "choose_precision", lambda device: None)
+    monkeypatch.setattr(tools, "choose_precision", lambda device: None)
     return run_untouched
 
 
@@ -89,34 +98,36 @@ def interrupt_at(lesson3, monkeypatch, at, number=signal.SIGINT):
 
 # A run from its beginning to its end
 def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
-    """As scripts, with the preset as it is, from a folder that isn't the project's; and neither disturbs the other."""
+    """As scripts, with the preset as it is, from a folder that isn't the project's; and neither disturbs the other. The
+    later one may find that the earlier one has finished."""
     command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.004", "--out", "out"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
     both = [subprocess.Popen(command, **pipes) for _ in range(2)]
-    (output, errors), (_, others) = (process.communicate(timeout=300) for process in both)
-    assert [process.returncode for process in both] == [0, 0], errors + others
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    for output, _ in said:
+        assert "data      garments: 10,000 images, 28 × 28, 10 classes\n" in output
+        assert "network   garments, CondUNet, small, 40 images seen, after 4 of 4 steps\n" in output
+    output, errors = next(one for one in said if "4 steps of 10 images" in one[0])
     lines = output.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["data", "network", "device", "training"]
-    assert "garments: 10,000 images, 28 × 28, 10 classes" in lines[0]
-    assert "4 steps of 10 images" in lines[3]
     assert "images/s" in errors
     assert "loss=" in errors
-    wrote = [line for line in lines[4:] if line.startswith("wrote ")]
+    wrote = [line for line in lines if line.startswith("wrote ")]
     assert sorted(Path(line.removeprefix("wrote ")).name for line in wrote) == FILES
-    assert [line.split(", after")[1] for line in lines[4:] if line not in wrote] == [" 4 of 4 steps"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
-    assert lesson3.load_checkpoint(tmp_path / "out" / "checkpoint.pt")["step"] == 4
+    assert tools.load_checkpoint(tmp_path / "out" / "checkpoint.pt", lesson3.RunSettings)["step"] == 4
     images = np.load(tmp_path / "out" / "samples.npy")
     assert images.shape == (20, 1, 28, 28)
     assert images.dtype == np.float32
     assert np.abs(images).max() <= 1
 
 
-def test_a_run_is_told_labels_and_sometimes_that_there_is_none(lesson3, lesson4, run, tmp_path, monkeypatch):
-    told, loss = [], lesson3.denoising_loss
-    monkeypatch.setattr(lesson3, "denoising_loss", lambda *parts: told.append(parts[4]) or loss(*parts))
+def test_a_run_gets_labels_and_sometimes_none(lesson3, lesson4, run, tmp_path, monkeypatch):
+    labels, loss = [], lesson3.denoising_loss
+    monkeypatch.setattr(lesson3, "denoising_loss", lambda *parts: labels.append(parts[4]) or loss(*parts))
     run(lesson4, *TINY, "--n", "1", "--out", tmp_path)
-    counts = torch.cat(told).bincount(minlength=11)
+    counts = torch.cat(labels).bincount(minlength=11)
     assert (len(counts), counts.sum()) == (11, 12 * 10)
     assert 0.02 < counts[10] / counts.sum() < 0.25
     assert counts[:10].count_nonzero() > 5
@@ -141,9 +152,10 @@ def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
     assert np.abs(np.load(tmp_path / "samples.npy") - images).max() > 0.1
 
     for lesson, asked, complaint in (
-        (lesson4, [*TINY, "--epochs", "0.04"], "epochs 0.012 there, 0.04 here"),
+        (lesson4, [*TINY, "--epochs", "0.04"], "steps 12 there, 40 here"),
         (lesson4, [*TINY, "--seed", "7"], "seed 0 there, 7 here"),
-        (lesson4, ["--epochs", "0.01", "--sample-only"], "epochs 0.012 there, 0.01 here"),
+        (lesson4, ["--epochs", "0.01", "--sample-only"], "steps 12 there, 10 here"),
+        (lesson4, ["--preset", "lecture", "--sample-only"], "preset small there, lecture here"),
         (lesson3, TINY, "network CondUNet there, TimeUNet here"),
     ):
         _, errors = run(lesson, *asked, "--out", tmp_path, status=2)
@@ -156,7 +168,7 @@ def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
     assert not torch.equal(read(tmp_path)["losses"], losses)
 
 
-def test_show_draws_the_lesson_and_does_not_train(lesson4, run, tmp_path, monkeypatch):
+def test_show_draws_the_lesson_and_does_not_train(lesson4, nothing_loaded, run, tmp_path):
     """On images that are not square, of classes without names, with the network that was trained on them."""
     folder, out = write_symbols(tmp_path / "symbols", 18, 30), tmp_path / "out"
     options = [*TINY[2:], "--epochs", "1", "--data-dir", folder, "--out", out]
@@ -164,33 +176,30 @@ def test_show_draws_the_lesson_and_does_not_train(lesson4, run, tmp_path, monkey
     assert "symbols: 40 images, 18 × 30, 3 classes" in output
     assert np.load(out / "samples.npy").shape == (6, 1, 18, 30)
     before = (out / "checkpoint.pt").stat().st_mtime_ns
-    for name, value in lesson4.TRAINED.items():
-        monkeypatch.setitem(lesson4.TRAINED, name, value)
-    lesson4.load.cache_clear()
-    output, _ = run(lesson4, "--show", "--device", "cpu", "--out", out)
-    lesson4.load.cache_clear()
-    assert "symbols, CondUNet, small, 1 epoch, after 4 of 4 steps" in output
+    output, _ = run(lesson4, "--show", "--out", out)
+    assert "symbols, CondUNet, small, 40 images seen, after 4 of 4 steps" in output
+    assert re.findall(r"^(\d+\. .+)$", output, re.M) == section_titles(lesson4)
     assert [path.name[:2] for path in sorted((out / "lesson").iterdir())] == [f"0{i}" for i in range(1, 8)]
     assert (out / "checkpoint.pt").stat().st_mtime_ns == before
     _, errors = run(lesson4, *options, "--class", "3", status=2)
     assert "must be one of 0, 1, 2" in errors
 
 
-def test_show_of_lesson_3_on_few_pictures(lesson3, run, tmp_path, monkeypatch):
-    def shortly(train, times, *told):  # two steps, and their losses again and again, as many as are to be drawn
-        trained, losses = train(*told, steps=2)
-        return trained, times * losses
+def test_show_of_lesson_3_on_few_pictures(lesson3, nothing_loaded, run, tmp_path, monkeypatch):
+    def shortly(train, *arguments):  # two steps, and their losses again and again, enough for a curve
+        trained, losses = train(*arguments, steps=2)
+        return trained, 50 * losses
 
-    for name, times in (("train_skips", 50), ("train_small", 60)):
-        monkeypatch.setattr(lesson3, name, functools.partial(shortly, getattr(lesson3, name), times))
+    for name in ("train_skips", "train_small"):
+        monkeypatch.setattr(lesson3, name, functools.partial(shortly, getattr(lesson3, name)))
     levels = lesson3.noise_levels
     monkeypatch.setattr(lesson3, "noise_levels", lambda steps=lesson3.STEPS: levels(min(steps, 20)))
     folder = write_pictures(tmp_path / "squares", 3, 20)  # six of them are held out
     output, _ = run(lesson3, "--show", "--data-dir", folder, "--out", tmp_path)
-    assert lesson3.load_images("train", 1)[1] == "squares"
-    drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "09_training", "10_sampling", "11_few_steps"]
+    assert tools.load_images("train", 1)[1] == "squares"
+    drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "10_sampling", "11_few_steps", "12_muon"]
     pictures = sorted((tmp_path / "lesson").iterdir())
-    assert [path.stem for path in pictures] == [*drawn, "12_muon"]
+    assert [path.stem for path in pictures] == [*drawn, "13_training"]
     assert re.findall(r"^wrote (.+)$", output, re.M) == [str(path) for path in pictures]
 
 
@@ -225,7 +234,7 @@ def test_images_that_are_all_one_grey_are_refused(lesson4, run, tmp_path):
     path.parent.mkdir(parents=True)
     Image.fromarray(np.full((28, 28), 128, np.uint8)).save(path)
     _, errors = run(lesson4, *TINY[2:], "--data-dir", tmp_path / "grey", "--out", tmp_path / "out", status=2)
-    assert "grey: all images are one and the same grey" in errors.splitlines()[-1]
+    assert "grey: all images are the same grey" in errors.splitlines()[-1]
 
 
 def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tmp_path):
@@ -246,17 +255,30 @@ def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tm
 
 
 def test_pretrained_has_its_own_folder_and_guidance(lesson3, lesson4, run, tmp_path, monkeypatch):
-    def refuse(options, model, path):
-        raise lesson3.UserError(f"from {path} to {options.out}")
+    def refuse(options, path, *rest):
+        raise tools.UserError(f"from {path} to {options.out}")
 
-    monkeypatch.setattr(lesson4, "__file__", str(tmp_path / "04_unet_cond.py"))
-    monkeypatch.setattr(lesson3, "get_denoiser", refuse)
+    monkeypatch.setattr(tools, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(lesson3, "train_or_load", refuse)
     folder = tmp_path / "runs" / "pretrained"
     assert f"from {lesson4.PRETRAINED} to {folder}" in run(lesson4, "--pretrained", status=2)[1]
     assert folder.is_dir()
     assert f"to {tmp_path}\n" in run(lesson4, "--pretrained", "--out", tmp_path, status=2)[1]
     many, few = (lesson4.choose_guidance(epochs * 60_000) for epochs in (24, 3))
     assert many == lesson4.GUIDANCE_LONG < lesson4.GUIDANCE == few
+
+
+@pytest.mark.parametrize(("name", "images"), [("small", 180_000), ("lecture", 1_500_000)])
+def test_a_preset_sees_as_many_images_whatever_the_data(lesson3, monkeypatch, name, images, tmp_path):
+    """And --epochs 3 of Fashion-MNIST's 60,000 images is the default."""
+    assert lesson3.PRESETS[name].images == images
+    parser, _ = tools.make_run_parser("03.py", "", lesson3.PRESETS)
+    for n, arguments in ((40, []), (10_000, []), (60_000, []), (60_000, ["--epochs", str(images / 60_000)])):
+        pixels = np.arange(4 * n).astype(np.uint8).reshape(n, 2, 2)
+        monkeypatch.setattr(tools, "load_data", lambda *_: (pixels, np.zeros(n, np.int64), ("a",), "b"))  # noqa: B023
+        options = parser.parse_args([*arguments, "--preset", name, "--out", str(tmp_path)])
+        _, settings, *_ = lesson3.new_run(options, lesson3.make_network)
+        assert settings.steps == round(images / lesson3.PRESETS[name].batch_size)
 
 
 # What is interrupted goes on as if nothing had happened
@@ -307,19 +329,37 @@ def test_a_second_ctrl_c_stops_at_once(lesson3, lesson4, run, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_is_killed(tmp_path):
-    """kill -9 leaves the last checkpoint, or none, but never half of one, nor a picture."""
-    command = [sys.executable, ROOT / "03_unet_uncond.py", *TINY, "--epochs", "0.2", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("training"):
-            break
-    time.sleep(1)  # some of the 200 steps
-    process.kill()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert "Traceback" not in errors
-    assert not list(tmp_path.iterdir())  # the first checkpoint would have come after two minutes
+KILLED = f"""
+import importlib, os, signal, sys
+
+lesson3, tools = (importlib.import_module(name) for name in ("03_unet_uncond", "lesson_tools"))
+lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(**{QUICK})
+tools.choose_precision, tools.SAVE_EVERY, draw_batches = lambda device: None, -1, lesson3.draw_batches
+
+def draw(*arguments):
+    for batch in draw_batches(*arguments):
+        if batch[0] == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield batch
+
+lesson3.draw_batches, sys.argv[0] = draw, lesson3.__file__
+tools.run_command(lesson3.main)
+"""  # 03 in float32 with a quick network; it saves after each step
+
+
+def test_a_process_that_is_killed_and_resumed(lesson3, run, tmp_path):
+    """`kill -9` leaves the last checkpoint; the finished weights are those of a run that nobody killed."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(lesson3, *TINY, "--out", whole)
+    (tmp_path / "killed.py").write_text(KILLED)
+    command = [sys.executable, tmp_path / "killed.py", *TINY, "--out", parts]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL and "Traceback" not in result.stderr
+    assert [path.name for path in parts.iterdir()] == ["checkpoint.pt"]
+    output, _ = run(lesson3, *TINY, "--out", parts)
+    assert "from step 7" in output
+    assert_same(read(parts), read(whole))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path, monkeypatch):
@@ -338,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path
 
 @pytest.mark.parametrize(
     ("room", "named", "left"),
-    [(20_000, "checkpoint.pt", FILES[:1]), (10**6, "samples.npy", [name for name in FILES if name != "samples.npy"])],
+    [(20_000, "checkpoint.pt", FILES[:1]), (10**6, "samples.npy", ["checkpoint.pt", "loss.png"])],
 )
 def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monkeypatch, room, named, left):
     with monkeypatch.context() as patch:
@@ -361,14 +401,16 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
 @pytest.mark.parametrize(
     ("arguments", "accepted"),
     [
-        (["--epochs", "0"], "must be from 1e-09"),
-        (["--epochs", "nan"], "must be from"),
-        (["--batch-size", "0"], "must be from 1 to"),
-        (["--steps", "0"], "must be from 1"),
-        (["--seed", "-1"], "must be from 0"),
-        (["--seed", str(2**70)], "must be from 0 to"),
-        (["--guidance", "much"], "invalid number value"),
-        (["--guidance", "-1"], "must be from 0"),
+        (["--epochs", "0"], "must be a number from 1e-09"),
+        (["--epochs", "nan"], "must be a number from"),
+        (["--batch-size", "0"], "must be a number from 1 to"),
+        (["--steps", "0"], "must be a number from 1"),
+        (["--seed", "-1"], "must be a number from 0"),
+        (["--seed", str(2**70)], "must be a number from 0 to"),
+        (["--guidance", "much"], "must be a number from 0 to 100, got 'much'"),
+        (["--show", "--data", "garments"], "--show takes neither --data nor --device"),
+        (["--show", "--device", "cpu"], "--show takes neither --data nor --device"),
+        (["--guidance", "-1"], "must be a number from 0"),
         (["--data", "cifar"], "fashion-mnist"),
         (["--preset", "huge"], "lecture"),
         (["--device", "abacus"], "cpu"),
@@ -388,10 +430,9 @@ def test_a_bad_value_is_said_in_one_line(lesson4, run, arguments, accepted, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lesson_2_says_in_one_line_that_the_data_is_not_there(run_untouched, monkeypatch, tmp_path):
+def test_lesson_2_says_in_one_line_that_the_data_is_not_there(nothing_loaded, run_untouched, monkeypatch, tmp_path):
     lesson2 = importlib.import_module("02_attention")
     monkeypatch.setenv("FASHION_MNIST_DIR", "/nonexistent")
-    monkeypatch.setattr(lesson2, "load_one_of_each", lesson2.load_one_of_each.__wrapped__)  # nothing loaded yet
     _, errors = run_untouched(lesson2, "--out", tmp_path, status=2)
     assert "t10k-images-idx3-ubyte" in errors
 
@@ -441,4 +482,4 @@ def test_each_script_is_a_command_and_its_help_says_what_there_is(script, monkey
     assert "--out DIR" in said
     defaults = {"03_unet_uncond.py": 100, "04_unet_cond.py": 10}
     if script.name in defaults:
-        assert f"of each class, if there are ({defaults[script.name]})" in said
+        assert f"per class, if there are any (default: {defaults[script.name]})" in said

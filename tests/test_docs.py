@@ -35,7 +35,8 @@ def test_scripts_options_and_tests_exist(page):
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
-    scripts = [*SCRIPTS, *(path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_"))]
+    scripts = [*SCRIPTS, ROOT / "lesson_tools.py"]
+    scripts += [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")]
     code = "".join(path.read_text(encoding="utf-8") for path in scripts)
     options = {"--help", *re.findall(r'(?:add|add_argument)\("(--[\w-]+)"', code)}
     for command in re.findall(r"(?:python|torchrun|uv run) [^`\n]*\.py[^`\n#&]*", text):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
+import lesson_tools as tools
+
 ROOT = Path(__file__).parent.parent
 COMMAND = ROOT / "tests" / "export_diffusers.py"
 TOLERANCE = 1e-4  # float32
@@ -21,12 +23,12 @@ def export(lesson3, lesson4, redraw, tmp_path):
     """export(network's class, preset): a denoiser with random weights, and what diffusers reads from export/."""
 
     def export(name, preset, size=(28, 28)):
-        run = lesson3.Run(name, preset, 1.0, 8, 0, "noise", 8, tuple("0123456789"), size, 0.7)
-        model = lesson4.MODEL if name == "CondUNet" else lesson3.Model(lesson3.TimeUNet)
-        network = redraw(model.build(lesson3.PRESETS[preset], 10))
+        settings = lesson3.RunSettings(name, preset, 1, 8, 0, "noise", 8, tuple("0123456789"), size, 0.7)
+        lesson = lesson4 if name == "CondUNet" else lesson3
+        network = redraw(lesson.make_network(lesson3.PRESETS[preset], 10))
         denoiser = lesson3.Denoiser(network, 0.7, lesson3.PRESETS[preset].patch).requires_grad_(False)
-        content = {"run": run._asdict(), "step": 1, "ema": denoiser.state_dict()}
-        lesson3.save_checkpoint(tmp_path / "checkpoint.pt", content)
+        content = {"settings": settings._asdict(), "step": 1, "ema": denoiser.state_dict()}
+        tools.save_checkpoint(tmp_path / "checkpoint.pt", content)
         export_diffusers.export(tmp_path / "checkpoint.pt", tmp_path / "export")
         return denoiser, UNet2DModel.from_pretrained(tmp_path / "export").requires_grad_(False)
 
@@ -45,7 +47,7 @@ def make_inputs(lesson3, denoiser, n=3):
 )
 def test_the_export_computes_the_same(lesson3, export, compare, name, preset, side):
     denoiser, unet = export(name, preset)
-    inputs = make_inputs(lesson3, denoiser)[: 3 if name == "CondUNet" else 2]  # a TimeUNet isn't told the label
+    inputs = make_inputs(lesson3, denoiser)[: 3 if name == "CondUNet" else 2]  # a TimeUNet takes no label
     compare(f"export, {name}, preset {preset}", unet(*inputs).sample, denoiser.network(*inputs), TOLERANCE)
     assert tuple(unet.config.sample_size) == (side, side)
 
@@ -59,33 +61,34 @@ def test_a_trained_network_is_exported_by_one_command(lesson4, tmp_path):
     weight = UNet2DModel.from_pretrained(folder).class_embedding.weight.detach()
     assert torch.equal(weight, checkpoint["ema"]["network.embed_label.weight"].float())
     scheduler = json.loads((folder / "scheduler_config.json").read_text())
-    assert scheduler["sigma_data"] == checkpoint["run"]["sigma_data"]
+    assert scheduler["sigma_data"] == checkpoint["settings"]["sigma_data"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "arguments", "told"),
+    ("changes", "arguments", "message"),
     [
         ({}, ["nothing.pt", "export"], "nothing.pt: no checkpoint there"),
         ({}, [".", "export"], "damaged, or not a checkpoint"),
-        ({"run": {"colour": 1}}, ["checkpoint.pt", "export"], "damaged, or not a checkpoint"),
-        ({"run": {"network": "UntimedUNet"}}, ["checkpoint.pt", "export"], "network without time"),
+        ({"settings": {"colour": 1}}, ["checkpoint.pt", "export"], "damaged, or not a checkpoint"),
+        ({"settings": {"network": "UntimedUNet"}}, ["checkpoint.pt", "export"], "network without time"),
+        ({"settings": {"preset": "huge"}}, ["checkpoint.pt", "export"], "not a network of these"),
         ({"ema": {"network.conv_in.bias": torch.zeros(1)}}, ["checkpoint.pt", "export"], "not a network of these"),
         ({"ema": {"network.colour.bias": torch.zeros(1)}}, ["checkpoint.pt", "export"], "not a network of these"),
         ({}, ["checkpoint.pt", __file__], "DIR must be a folder"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(changes, arguments, told, lesson4, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_done_is_one_line(changes, arguments, message, lesson4, tmp_path, monkeypatch, capsys):
     content = torch.load(lesson4.PRETRAINED, weights_only=True)
     content |= {part: content[part] | change for part, change in changes.items()}
     torch.save(content, tmp_path / "checkpoint.pt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(COMMAND), *arguments])
     with pytest.raises(SystemExit) as exit:
-        export_diffusers.main()
+        tools.run_command(export_diffusers.main)
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("export_diffusers.py: ")
-    assert told in line
+    assert message in line
     assert not (tmp_path / "export").exists()
 
 

@@ -1,4 +1,4 @@
-"""measure_attention.py's experiment is what it says: only attention can get from one bar to the other."""
+"""measure_attention.py's experiment shows what it says: only attention can get from one bar to the other."""
 
 import measure_attention
 import pytest

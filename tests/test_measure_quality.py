@@ -1,6 +1,5 @@
 """The measurement of quality: its parts, and the command on tiny networks with judges that know nothing."""
 
-import importlib
 import sys
 
 import judge
@@ -8,10 +7,25 @@ import measure_quality
 import numpy as np
 import pytest
 import torch
+from distances import frechet_distance
 
-data = importlib.import_module("data")
+import data
+import lesson_tools as tools
+
 CPU = torch.device("cpu")
 CLASSES = data.fashion_mnist.CLASSES
+
+
+@pytest.mark.parametrize("n, m, d, tolerance", [(50, 60, 4, 1e-10), (300, 200, 16, 1e-10), (6, 9, 12, 1e-6)])
+def test_frechet_distance(n, m, d, tolerance):
+    """Against the eigenvalues of A B, not symmetric; of fewer images than features, with the root of rounding, 1e-8."""
+    rng = np.random.default_rng(1)
+    a, b = rng.standard_normal((n, d)), rng.standard_normal((m, d)) @ rng.standard_normal((d, d)) + 1
+    roots = np.sqrt(np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).real.clip(min=0))
+    expected = np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(np.cov(a.T) + np.cov(b.T)) - 2 * roots.sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=tolerance)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=tolerance)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=tolerance)
 
 
 def test_distances_are_small_for_halves_of_a_set_and_grow_with_a_shift():
@@ -65,13 +79,14 @@ def tiny(sets, lesson3, redraw, monkeypatch, tmp_path):
     spoilt: the name of a file beside it, or of itself, that is something else; relabelled: a set of other classes."""
     preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=2, head_dim=8, batch_size=4)
     monkeypatch.setitem(lesson3.PRESETS, "small", preset)
-    monkeypatch.setattr(lesson3, "choose_precision", lambda device: None)
+    monkeypatch.setattr(tools, "choose_precision", lambda device: None)
 
-    def tiny(name="UntimedUNet", data="Fashion-MNIST", classes=CLASSES, epochs=1.0, spoilt=None, relabelled=None):
-        run = lesson3.Run(name, "small", epochs, 4, 0, data, 40, classes, (28, 28), 0.7)
-        denoiser = redraw(lesson3.make_denoiser(run, measure_quality.MODELS.get(name, measure_quality.UNTIMED), CPU))
-        content = {"run": run._asdict(), "step": 1, "losses": torch.zeros(1), "ema": denoiser.state_dict()}
-        lesson3.save_checkpoint(tmp_path / "checkpoint.pt", content)
+    def tiny(name="UntimedUNet", data="Fashion-MNIST", classes=CLASSES, steps=10, spoilt=None, relabelled=None):
+        settings = lesson3.RunSettings(name, "small", steps, 4, 0, data, 40, classes, (28, 28), 0.7)
+        make_network, _ = measure_quality.NETWORKS.get(name, measure_quality.NETWORKS["TimeUNet"])
+        denoiser = redraw(lesson3.make_denoiser(make_network(preset, len(classes)), settings, CPU))
+        content = {"settings": settings._asdict(), "step": 1, "losses": torch.zeros(1), "ema": denoiser.state_dict()}
+        tools.save_checkpoint(tmp_path / "checkpoint.pt", content)
         if spoilt:
             (tmp_path / spoilt).parent.mkdir(exist_ok=True)
             (tmp_path / spoilt).write_bytes(b"nothing")
@@ -82,31 +97,31 @@ def tiny(sets, lesson3, redraw, monkeypatch, tmp_path):
     return tiny
 
 
-def test_each_class_in_turn_is_told_its_label(tiny):
-    """Each class in turn, and its label in each evaluation; where guidance acts, "no label" as well."""
-    denoiser, run = measure_quality.load_denoiser(tiny("CondUNet"), CPU)
-    told = []
-    denoiser.network.register_forward_pre_hook(lambda network, inputs: told.append(inputs[2].tolist()))
-    images, labels = measure_quality.draw_samples(denoiser, run, 12, 4, 0.5)
+def test_the_classes_are_drawn_in_turn(tiny):
+    """The network gets their labels in each evaluation; if guidance acts, "no label" as well."""
+    denoiser, settings = measure_quality.load_denoiser(tiny("CondUNet"), CPU)
+    given = []
+    denoiser.network.register_forward_pre_hook(lambda network, inputs: given.append(inputs[2].tolist()))
+    images, labels = measure_quality.draw_samples(denoiser, settings, 12, 4, 0.5)
     assert images.shape == (12, 1, 28, 28)
     assert images.abs().max() <= 1
-    assert len(told) == 4
-    assert labels.tolist() == told[0] == [*range(10), 0, 1]
-    assert told[-1] == [*told[0], *[10] * 12]
+    assert len(given) == 4
+    assert labels.tolist() == given[0] == [*range(10), 0, 1]
+    assert given[-1] == [*given[0], *[10] * 12]
     assert (images[0] - images[10]).abs().max() > 0.1  # of one class, and not one image
-    more, _ = measure_quality.draw_samples(denoiser, run, 13, 4, 0.5)
+    more, _ = measure_quality.draw_samples(denoiser, settings, 13, 4, 0.5)
     torch.testing.assert_close(more[:12], images, rtol=0, atol=1e-4)
 
 
 def test_without_label_means_without_any(tiny):
-    """In training and in sampling."""
-    told = measure_quality.MODELS["UnlabelledUNet"].tell(torch.arange(10), 10)
-    assert [label.tolist() for label in told] == [[10] * 10]
-    denoiser, run = measure_quality.load_denoiser(tiny("UnlabelledUNet"), CPU)
-    images, labels = measure_quality.draw_samples(denoiser, run, 3, 2)
+    """In training, where it gets some, and in sampling."""
+    denoiser, settings = measure_quality.load_denoiser(tiny("UnlabelledUNet"), CPU)
+    x, label = torch.randn(3, 1, 28, 28), torch.tensor([0, 9, 10])
+    assert torch.equal(denoiser(x, 1.0, label), denoiser(x, 1.0))
+    images, labels = measure_quality.draw_samples(denoiser, settings, 3, 2)
     assert labels is None
     denoiser.network.embed_label.weight[:10] += 1
-    assert torch.equal(measure_quality.draw_samples(denoiser, run, 3, 2)[0], images)
+    assert torch.equal(measure_quality.draw_samples(denoiser, settings, 3, 2)[0], images)
 
 
 def striped(n):
@@ -121,7 +136,7 @@ def striped(n):
 def test_a_judge_learns_in_the_precision_of_its_device_and_is_kept(name, precision, monkeypatch, tmp_path):
     types, loss = set(), judge.F.cross_entropy
     monkeypatch.setattr(judge.F, "cross_entropy", lambda y, *rest, **more: types.add(y.dtype) or loss(y, *rest, **more))
-    monkeypatch.setattr(judge.lesson3, "choose_precision", lambda device: precision)
+    monkeypatch.setattr(tools, "choose_precision", lambda device: precision)
     monkeypatch.setattr(judge, "KEPT", tmp_path / "judge")
     monkeypatch.setattr(judge, "augment", lambda x, generator: x)  # the stripes are two pixels apart
     monkeypatch.setattr(judge.train, "__defaults__", (4, 10, 2e-3, 0))  # epochs, batch size, rate, seed
@@ -137,7 +152,7 @@ def test_a_judge_learns_in_the_precision_of_its_device_and_is_kept(name, precisi
     kept = judge.get_judge(name, images, labels)
     torch.testing.assert_close(judge.look(kept, judge.to_range(images))[0], features)
     torch.save(torch.zeros(3), path)
-    with pytest.raises(judge.lesson3.UserError, match=f"{name}.pt: damaged, or of another version"):
+    with pytest.raises(tools.UserError, match=f"{name}.pt: damaged, or of another version"):
         judge.get_judge(name, images, labels)
 
 
@@ -181,15 +196,14 @@ def test_the_panel_says_what_its_judges_see(sets, little_judges):
 
 
 @pytest.fixture
-def command(sets, little_judges, lesson3, monkeypatch, tmp_path, capsys):
+def command(sets, little_judges, monkeypatch, tmp_path, capsys):
     """command(arguments): run it with the little data sets and judges; returns what it prints, and what it writes."""
-    monkeypatch.setattr(lesson3, "load_once", lambda name, split, data_dir: sets[split])
-    monkeypatch.setattr(lesson3, "DATA", {})
-    monkeypatch.setattr(measure_quality, "ROOT", tmp_path)
+    monkeypatch.setattr(tools, "load_data", lambda name, split, data_dir: sets[split])
+    monkeypatch.setattr(tools, "RUNS", tmp_path / "runs")
 
     def command(*arguments):
         monkeypatch.setattr(sys, "argv", ["measure_quality.py", *map(str, arguments)])
-        measure_quality.main()
+        tools.run_command(measure_quality.main)
         text = capsys.readouterr().out
         return text, [line.rpartition("/")[2] for line in text.splitlines() if line.startswith("wrote ")]
 
@@ -211,10 +225,10 @@ def test_a_checkpoint_is_measured(tiny, command):
 def test_the_sweep(tiny, command, lesson4, monkeypatch):
     drawn, draw = [], measure_quality.draw_samples
     strong, later = lesson4.GUIDANCE, lesson4.GUIDANCE_LONG
-    monkeypatch.setattr(measure_quality, "draw_samples", lambda *settings: drawn.append(settings) or draw(*settings))
+    monkeypatch.setattr(measure_quality, "draw_samples", lambda *given: drawn.append(given) or draw(*given))
     monkeypatch.setattr(measure_quality, "SWEPT_STEPS", (1, 2))
     monkeypatch.setattr(measure_quality, "SWEPT_GUIDANCE", (0, 0.5, strong))
-    text, _ = command(tiny("CondUNet", epochs=20_000.0), "--sweep", "--n", 20, "--steps", 3)
+    text, _ = command(tiny("CondUNet", steps=200_000), "--sweep", "--n", 20, "--steps", 3)
     expected = [(1, later), (2, later), (3, later), (3, 0), (3, 0.5), (3, strong)]
     assert [(steps, guidance) for *_, steps, guidance in drawn] == expected
     rows = [line.split()[:2] for line in text.splitlines() if line[:5].strip().isdecimal()]
@@ -238,7 +252,7 @@ def test_the_ladder_keeps_what_is_trained(tiny, command, lesson4, monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    ("network", "arguments", "told"),
+    ("network", "arguments", "message"),
     [
         ({}, "", "either a CHECKPOINT, or --ladder"),
         ({}, "checkpoint.pt --ladder", "either a CHECKPOINT, or --ladder"),
@@ -250,13 +264,13 @@ def test_the_ladder_keeps_what_is_trained(tiny, command, lesson4, monkeypatch, t
         ({"relabelled": "train"}, "checkpoint.pt --n 20", "the judges know Fashion-MNIST's own files"),
         ({"relabelled": "test"}, "checkpoint.pt --n 20", "the judges know Fashion-MNIST's own files"),
         ({"name": "TimeUNet"}, "checkpoint.pt --n 20 --guidance 1", "--guidance: TimeUNet in"),
-        ({}, "checkpoint.pt --n 5", "error: argument --n: must be from 20 to 60000, got 5"),
-        ({}, "checkpoint.pt --steps 0", "error: argument --steps: must be from 1"),
+        ({}, "checkpoint.pt --n 5", "error: argument --n: must be a number from 20 to 60000, got '5'"),
+        ({}, "checkpoint.pt --steps 0", "error: argument --steps: must be a number from 1"),
         ({"spoilt": "judge/plain.pt"}, "checkpoint.pt --n 20", "plain.pt: damaged, or of another version"),
         ({"spoilt": "judge"}, "checkpoint.pt --n 20", "residual.pt: can't be written"),
     ],
 )
-def test_what_cannot_be_done_is_said(network, arguments, told, tiny, command, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_done_is_said(network, arguments, message, tiny, command, tmp_path, monkeypatch, capsys):
     tiny(**network)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
@@ -264,5 +278,5 @@ def test_what_cannot_be_done_is_said(network, arguments, told, tiny, command, tm
     assert exit.value.code == 2
     *usage, line = capsys.readouterr().err.splitlines()
     assert line.startswith("measure_quality.py: ")
-    assert told in line
-    assert bool(usage) == ("error: argument" in told)
+    assert message in line
+    assert bool(usage) == ("error: argument" in message)

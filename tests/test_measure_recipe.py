@@ -11,6 +11,7 @@ from measure_quality import Verdict
 from torch import nn
 
 import data
+import lesson_tools as tools
 
 CPU, CLASSES = torch.device("cpu"), data.fashion_mnist.CLASSES
 RECIPES = list(measure_recipe.RECIPES.values())
@@ -18,14 +19,14 @@ RECIPES = list(measure_recipe.RECIPES.values())
 
 @pytest.fixture
 def tiny(lesson3, monkeypatch):
-    """Both presets small, and float32; a run of the second."""
+    """Both presets small, and float32; settings of a run with the second."""
     small = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
     monkeypatch.setitem(lesson3.PRESETS, "small", small)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", small._replace(patch=1))
-    monkeypatch.setattr(lesson3, "choose_precision", lambda device: None)
+    monkeypatch.setattr(tools, "choose_precision", lambda device: None)
     for name in ("schedule", "P_MEAN", "P_STD"):
         monkeypatch.setattr(lesson3, name, getattr(lesson3, name))  # is as it was when the test is over
-    return lesson3.Run("CondUNet", "small", 1, 64, 0, "Fashion-MNIST", 40, CLASSES, (28, 28), 0.7)
+    return lesson3.RunSettings("CondUNet", "small", 1, 64, 0, "Fashion-MNIST", 40, CLASSES, (28, 28), 0.7)
 
 
 def test_the_rungs_lead_from_the_lecture_to_lesson_4(lesson3, lesson4, tiny):
@@ -33,7 +34,8 @@ def test_the_rungs_lead_from_the_lecture_to_lesson_4(lesson3, lesson4, tiny):
     top = RECIPES[-1]
     small = lesson3.PRESETS["small"]
     assert (top.batch_size, top.muon) == (small.batch_size, small.max_lr)
-    ours = lesson3.make_denoiser(tiny, lesson4.MODEL, CPU)
+    torch.manual_seed(tiny.seed)
+    ours = lesson3.make_denoiser(lesson4.make_network(small, len(CLASSES)), tiny, CPU)
     same = measure_recipe.make_denoiser(top, tiny, CPU)
     assert type(same) is lesson3.Denoiser
     torch.testing.assert_close(same.state_dict(), ours.state_dict(), rtol=0, atol=0)
@@ -43,7 +45,7 @@ def test_the_lecture_has_batch_norm_behind_scale_and_shift_and_no_silent_start(l
     network = measure_recipe.make_denoiser(RECIPES[0], tiny, CPU).network
     kinds = {type(module) for module in network.modules()}
     assert nn.BatchNorm2d in kinds
-    assert not kinds & {nn.GroupNorm, lesson4.AttentionResBlock, lesson4.lesson2.MultiHeadSelfAttention}
+    assert not kinds & {nn.GroupNorm, lesson4.AttentionResBlock, lesson4.lesson2.AttentionBlock}
     assert all(module.weight.any() for module in network.modules() if isinstance(module, nn.Conv2d))
     x, time, label = torch.randn(4, 1, 28, 28), torch.rand(4), torch.arange(4)
     assert network(x, time, label).std() > 0.01
@@ -56,7 +58,7 @@ def test_the_lecture_has_batch_norm_behind_scale_and_shift_and_no_silent_start(l
 def test_the_lecture_predicts_noise_from_a_mix_of_unit_weights(lesson3):
     """In images of ±0.5, of which cos(π t / 2) is left, with sin(π t / 2) of noise."""
     seen = []
-    denoiser = measure_recipe.LectureDenoiser(lambda *given: seen.append(given) or 0.3 * given[0], 0.7)
+    denoiser = measure_recipe.LectureDenoiser(lambda x, time, label: seen.append((x, time)) or 0.3 * x, 0.7)
     t = torch.tensor([0.001, 0.2, 0.5, 0.9, 0.999])
     sigma, x0, noise = measure_recipe.sigma_of(t), torch.rand(5, 1, 8, 8) * 2 - 1, torch.randn(5, 1, 8, 8)
     loss = lesson3.denoising_loss(denoiser, x0, sigma, noise)
@@ -92,12 +94,12 @@ def test_a_rung_is_trained_until_its_budget_is_spent(lesson3, tiny, rung):
     assert samples.isfinite().all()
 
 
-def test_what_is_there_is_not_done_again_and_all_is_shown(lesson3, monkeypatch, tmp_path, capsys):
+def test_what_is_there_is_not_done_again_and_all_is_shown(monkeypatch, tmp_path, capsys):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (40, 28, 28), np.uint8)
     little = data.Dataset(images, np.arange(40) // 4, CLASSES, "Fashion-MNIST")
     verdicts = {name: Verdict([2.0, 1, 1], 0.9) for name in ("residual", "plain")}
-    monkeypatch.setattr(lesson3, "load_once", lambda name, split, folder: little)
+    monkeypatch.setattr(tools, "load_data", lambda name, split, folder: little)
     monkeypatch.setattr(measure_recipe, "Panel", lambda *_: type("P", (), {"judge": lambda *_: verdicts}))
     made = []
 
@@ -110,8 +112,8 @@ def test_what_is_there_is_not_done_again_and_all_is_shown(lesson3, monkeypatch, 
 
     monkeypatch.setattr(measure_recipe.subprocess, "run", make)
     for asked in (["--rungs", "0", "12", "--seeds", "0", "1"], ["--rungs", "12"]):
-        arguments = [*asked, "--n", "20", "--out", str(tmp_path)]
-        measure_recipe.work(measure_recipe.make_parser().parse_args(arguments))
+        monkeypatch.setattr("sys.argv", ["measure", *asked, "--n", "20", "--out", str(tmp_path)])
+        measure_recipe.main()
         assert made == [(0, 0), (0, 1), (12, 0), (12, 1)]
         lines = capsys.readouterr().out.splitlines()
         (first,) = [line for line in lines if line.startswith("| the lecture's settings |")]

@@ -56,8 +56,8 @@ def test_the_share_of_the_optimisers():
 def test_a_convolution_is_counted_and_fused_attention_as_attention_by_hand():
     """And, backwards, for one product more: the scores, which it has not kept."""
     counts = []
-    for attend in (measure_speed.lesson2.fused_attention, measure_speed.lesson2.attention):
-        layer = measure_speed.lesson2.MultiHeadSelfAttention(16, heads=2, attend=attend)
+    for attention_fn in (measure_speed.lesson2.fused_attention, measure_speed.lesson2.attention):
+        layer = measure_speed.lesson2.AttentionBlock(16, heads=2, attention_fn=attention_fn)
         layers, x, y = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), layer), torch.randn(2, 3, 4, 4), []
         forward = measure_speed.count_operations(lambda: y.append(layers(x.requires_grad_())))  # noqa: B023
         counts.append((forward, measure_speed.count_operations(lambda: y[0].sum().backward())))  # noqa: B023
@@ -68,24 +68,24 @@ def test_a_convolution_is_counted_and_fused_attention_as_attention_by_hand():
     assert backward == backward_by_hand + scores
 
 
-@pytest.mark.parametrize("model", [measure_speed.TIMED, measure_speed.CONDITIONAL], ids=["time", "label"])
-def test_competitors_have_the_same_structure_and_are_told_what_the_lesson_tells(model, tiny, lesson3, monkeypatch):
-    """As many parameters and operations; and only in attention by hand is there attention by hand. In training, of ten
-    labels one is dropped, and a network without labels is told none."""
+@pytest.mark.parametrize("make_network", [measure_speed.TIMED, measure_speed.CONDITIONAL], ids=["time", "label"])
+def test_competitors_have_the_same_structure_and_the_batches_of_their_lesson(make_network, tiny, lesson3, monkeypatch):
+    """As many parameters and operations; and only in attention by hand is there attention by hand. In training, one
+    label in ten is dropped if the network has labels."""
     by_hand, attention, counts = [], measure_speed.lesson2.attention, set()
     monkeypatch.setattr(measure_speed.lesson2, "attention", lambda *qkv: by_hand.append(kind) or attention(*qkv))
     for kind in ("ours", "by hand", "diffusers"):
-        denoiser = measure_speed.Competitor(kind, model, tiny).make_denoiser(CPU)
-        x = torch.randn(2, 1, 28, 28), torch.ones(2), *model.tell(torch.tensor([0, 9]), 10)
+        denoiser = measure_speed.Competitor(kind, make_network, tiny).make_denoiser(CPU)
+        x = torch.randn(2, 1, 28, 28), torch.ones(2), torch.tensor([0, 9])
         operations = measure_speed.count_operations(lambda: denoiser(*x))  # noqa: B023
         counts.add((sum(parameter.numel() for parameter in denoiser.parameters()), operations))
     assert len(counts) == 1
-    assert set(by_hand) == ({"by hand"} if model is measure_speed.CONDITIONAL else set())
+    assert set(by_hand) == ({"by hand"} if make_network is measure_speed.CONDITIONAL else set())
 
-    told, loss = [], lesson3.denoising_loss
-    monkeypatch.setattr(lesson3, "denoising_loss", lambda *parts: told.append(parts[4:]) or loss(*parts))
-    measure_speed.start_training(measure_speed.Competitor("ours", model, tiny), CPU, 64)()
-    assert [[10 in label for label in labels] for labels in told] == [[True] * (model is measure_speed.CONDITIONAL)]
+    labels, loss = [], lesson3.denoising_loss
+    monkeypatch.setattr(lesson3, "denoising_loss", lambda *parts: labels.append(parts[4]) or loss(*parts))
+    measure_speed.start_training(measure_speed.Competitor("ours", make_network, tiny), CPU, 64)()
+    assert [10 in label for label in labels] == [make_network is measure_speed.CONDITIONAL]
 
 
 def test_training_and_sampling_are_measured(tiny, lesson3, lesson4):
@@ -123,7 +123,7 @@ def test_the_tables(monkeypatch, capsys):
     row |= {"times_first": (1, 1, 1), "times_peer": None}
     monkeypatch.setattr(measure_speed, "measure", lambda tasks, *_: [row | {"name": task.name} for task in tasks])
     monkeypatch.setattr(measure_speed, "measure_machine", lambda *_: 1e9)
-    monkeypatch.setattr(measure_speed.lesson3, "choose_precision", lambda device: torch.bfloat16)
+    monkeypatch.setattr(measure_speed.tools, "choose_precision", lambda device: torch.bfloat16)
     for name, value in measure_speed.LIMITS.items():
         monkeypatch.setenv(name, value)  # else it would begin again, with them
     monkeypatch.setattr(measure_speed.subprocess, "run", lambda command, check: measure_speed.main(command[2:]))
@@ -142,6 +142,7 @@ def test_growth(tiny, lesson4):
     assert batch_size == tuple(round(1e7 / each) for each in operations)
     for name, preset, _ in measure_speed.growth_nets():
         with torch.device("meta"):
-            network = lesson4.MODEL.build(preset, 10)
-        layers = [layer for layer in network.modules() if isinstance(layer, measure_speed.lesson2.TokenSelfAttention)]
-        assert len(layers) == 1 + (2 * preset.depth + 1) * len(preset.attention_levels), name
+            network = lesson4.make_network(preset, 10)
+        kinds = [type(layer) for layer in network.modules()]
+        expected = 1 + (2 * preset.depth + 1) * len(preset.attention_levels)
+        assert kinds.count(measure_speed.lesson2.MultiHeadSelfAttention) == expected, name

@@ -11,16 +11,18 @@ import pytest
 import torch
 from test_command_line import QUICK, TINY, run, run_untouched  # noqa: F401  fixtures
 
+import lesson_tools as tools
+
 ROOT = Path(__file__).parent.parent
 OPTIONS = [*TINY, "--batch-size", "8", "--n", "1"]  # 15 steps
 DRIVER = f"""
 import importlib, sys
 
-lesson3, lesson4 = (importlib.import_module(name) for name in ("03_unet_uncond", "04_unet_cond"))
+lesson3, lesson4, tools = map(importlib.import_module, ("03_unet_uncond", "04_unet_cond", "lesson_tools"))
 lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(**{QUICK})
-lesson3.choose_precision = lambda device: None
+tools.choose_precision = lambda device: None
 sys.argv[0] = lesson4.__file__
-lesson4.main()
+tools.run_command(lesson4.main)
 """  # 04 in float32 with a quick network, as the other side of the comparison
 
 
@@ -43,7 +45,7 @@ def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, ru
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
     command = [*torchrun, tmp_path / "driver.py", *OPTIONS, "--out", many]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for said in ("device    2 × cpu", "from step 6", "wrote ", "samples.png"):
         assert result.stdout.count(said) == (5 if said == "wrote " else 1), result.stdout  # by the first alone
@@ -55,7 +57,7 @@ def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, ru
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(lesson3, lesson4, run, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(lesson3, "PROCESSES", 3)
+    monkeypatch.setattr(tools, "PROCESSES", 3)
     _, errors = run(lesson4, *OPTIONS, "--out", tmp_path, status=2)
     assert "--batch-size 8: must be a multiple of 3" in errors
 
@@ -67,25 +69,26 @@ def test_processes_that_disagree_are_stopped(lesson3, lesson4, run, tmp_path, mo
     def gather(all_found, found):
         all_found[:] = found, (found[0]._replace(data=data), step)
 
-    monkeypatch.setattr(lesson3, "PROCESSES", 2)
-    monkeypatch.setattr(lesson3.dist, "init_process_group", backends.append)
-    monkeypatch.setattr(lesson3.dist, "all_gather_object", gather)
+    monkeypatch.setattr(tools, "PROCESSES", 2)
+    monkeypatch.setattr(tools.dist, "init_process_group", backends.append)
+    monkeypatch.setattr(tools.dist, "all_gather_object", gather)
     _, errors = run(lesson4, *OPTIONS, "--out", tmp_path, status=2)
     assert "the processes found different data or checkpoints" in errors
     assert backends == ["gloo"]  # the CPU's, whatever else the machine has
     assert not list(tmp_path.iterdir())
 
 
-def test_more_processes_than_gpus_are_refused(lesson3, monkeypatch):
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(tools, "PROCESSES", 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(lesson3.UserError, match="more processes than GPUs, of which there are 1 here"):
-        lesson3.join_processes(torch.device("cuda"), None)
+    with pytest.raises(tools.UserError, match="more processes than GPUs, of which there are 1 here"):
+        tools.join_processes(torch.device("cuda"), None)
 
 
 @pytest.mark.parametrize("asked", [["--sample-only"], ["--pretrained"], ["--show"]])
 def test_the_first_process_alone_samples(lesson3, lesson4, run, tmp_path, monkeypatch, asked):  # noqa: F811
-    monkeypatch.setattr(lesson3, "RANK", 1)
+    monkeypatch.setattr(tools, "RANK", 1)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # which the other processes silence
     assert run(lesson4, *asked, "--out", tmp_path) == ("", "")
     assert list(tmp_path.iterdir()) == []

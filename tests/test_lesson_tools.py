@@ -1,0 +1,372 @@
+"""lesson_tools: figures, files, options, devices, checkpoints, and a resumable run of a loop of three lines."""
+
+import argparse
+import copy
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lesson_tools as tools
+
+ROOT = Path(__file__).parent.parent
+
+
+# Figures, files, options
+def test_a_grid_reads_row_by_row_and_is_filled_with_background():
+    images = torch.rand(5, 1, 4, 6)
+    figure = tools.plot_grid("Five of six", images, columns=3, rows=["one", "two"], titles=["a", "b", "c"])
+    (axes,) = figure.axes
+    filled = torch.cat([images, torch.full((1, 1, 4, 6), -1.0)])[:, 0]
+    expected = torch.cat([torch.cat(list(row), dim=1) for row in filled.split(3)])
+    assert np.array_equal(axes.images[0].get_array(), expected) and axes.images[0].get_clim() == (-1, 1)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert axes.get_xticks().tolist() == [2.5, 8.5, 14.5] and axes.get_yticks().tolist() == [1.5, 5.5]
+    tools.plt.close(figure)
+
+
+def test_a_file_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    tools.write_atomically(path, lambda file: file.write(b"old"))
+
+    def interrupted(file):
+        file.write(b"ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tools.write_atomically(path, interrupted)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"file: can't be written \(full\)"):
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        tools.write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_pictures_go_to_the_project_wherever_a_script_is_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tools, "RUNS", tmp_path / "runs")
+    parser = tools.make_parser("elsewhere/05_next.py", "Lesson 5: what is next.\n\nMore.")
+    assert parser.description == "Lesson 5: what is next."
+    assert parser.parse_args([]).out == tmp_path / "runs" / "05_next"
+    assert (tmp_path / "runs" / "05_next").is_dir()
+
+
+@pytest.mark.parametrize("text", ["", "-1", "10.5", "nan", "inf", "many", "9" * 400])
+def test_a_number_out_of_range_is_named(text):
+    for kind in (int, float):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"must be a number from 0 to 10, got '"):
+            tools.number(kind, 0, 10)(text)
+    assert tools.number(int, 0, 10)("7") == 7 and tools.number(float, 0, 10)("0.5") == 0.5
+
+
+# Devices and processes
+@pytest.mark.parametrize(
+    ("instructions", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, None),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({}, None),  # another maker's
+    ],
+)
+def test_bfloat16_is_for_processors_with_instructions_for_it(monkeypatch, instructions, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert tools.choose_precision(torch.device("cpu")) == expected
+    assert tools.choose_precision(torch.device("mps")) is None
+
+
+@pytest.mark.parametrize(("new", "expected"), [(False, None), (True, torch.bfloat16)])
+def test_bfloat16_is_for_gpus_that_do_not_emulate_it(monkeypatch, new, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or new)
+    assert tools.choose_precision(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_auto_is_a_gpu_from_nvidia_or_the_cpu(monkeypatch, cuda):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert tools.choose_device("auto").type == ("cuda" if cuda else "cpu")
+    assert tools.choose_device("mps").type == "mps"  # for whoever asks for it
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(tools.UserError, match="only cuda, cpu" if cuda else "only cpu"):
+        tools.choose_device("mps")
+
+
+def test_shares_make_up_the_batch(monkeypatch):
+    batches, shares = [(7, torch.arange(12).view(6, 2), torch.arange(6))], []
+    monkeypatch.setattr(tools, "PROCESSES", 3)
+    for rank in range(3):
+        monkeypatch.setattr(tools, "RANK", rank)
+        ((step, *tensors),) = tools.take_share(batches)
+        assert step == 7
+        shares.append(tensors)
+    for whole, parts in zip(batches[0][1:], zip(*shares, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), whole)
+
+
+def test_world_size_without_torchrun_does_no_harm():
+    environment = os.environ | {"WORLD_SIZE": "4", "RANK": "3"}
+    command = [sys.executable, "-c", "import lesson_tools; print(lesson_tools.PROCESSES, lesson_tools.RANK)"]
+    assert subprocess.check_output(command, cwd=ROOT, env=environment, text=True) == "1 0\n"
+
+
+# Checkpoints
+class Settings(NamedTuple):
+    steps: int = 12
+    batch_size: int = 5
+    title: str = "A line"
+    pair: tuple = (28, "x")
+
+
+def write_checkpoint(path, **parts):
+    content = {"settings": Settings()._asdict(), "step": 11, "losses": torch.ones(3)}
+    tools.save_checkpoint(path, content | {name: part.state_dict() for name, part in parts.items()})
+
+
+def load(path, content):
+    path.write_bytes(content)
+    try:
+        return tools.load_checkpoint(path, Settings)
+    except tools.UserError as error:
+        assert str(error).startswith(f"{path}: damaged")
+        return None
+
+
+def test_a_damaged_file_is_refused_or_harmless(tmp_path):
+    path, layer = tmp_path / "c.pt", nn.Linear(3, 2)
+    assert tools.load_checkpoint(path, Settings) is None
+    write_checkpoint(path, ema=layer)
+    good, whole = path.read_bytes(), tools.load_checkpoint(path, Settings)
+    assert (whole["settings"], whole["step"]) == (Settings(), 11)
+    torch.testing.assert_close(whole["ema"], layer.state_dict(), rtol=0, atol=0)
+    random, found = np.random.default_rng(0), []
+    for at in random.integers(0, len(good), 500).tolist():
+        n = int(random.integers(1, 40))
+        bit = bytes([good[at] ^ 1 << random.integers(8)])
+        ways = [(bit, 1), (bytes(n), n), (random.bytes(n), n), (b"", n), (random.bytes(n), 0), (b"", len(good))]
+        content, lost = ways[random.integers(len(ways))]  # a bit flipped, bytes zeroed, replaced, lost, put in; a cut
+        found.append(load(path, good[:at] + content + good[at + lost :]))
+    for read in filter(None, found):
+        torch.testing.assert_close(read["ema"], whole["ema"], rtol=0, atol=0)
+        assert (read["settings"], read["step"]) == (whole["settings"], whole["step"])
+    assert found.count(None) > 300  # between the entries there is much that is not read
+    folder = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(good)) as source, zipfile.ZipFile(folder, "w") as target:
+        for entry in source.infolist():
+            entry.external_attr = 0x10 * entry.filename.endswith("data/0")  # the weights: "a folder"
+            target.writestr(entry, source.read(entry))
+    assert load(path, folder.getvalue()) is None
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, ("harm",)
+
+    monkeypatch.chdir(tmp_path)
+    good = {"settings": Settings()._asdict(), "step": 1}
+    bad = [{name: value for name, value in good.items() if name != missing} for missing in good]
+    bad += [good | {"settings": good["settings"] | {"colour": 1}}, good | {"settings": None}, [good]]
+    for content in (good, *bad, good | {"more": Harmful()}):
+        file = io.BytesIO()
+        torch.save(content, file)
+        assert (load(tmp_path / "c.pt", file.getvalue()) is None) == (content is not good)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_other_settings_are_refused_with_what_differs(tmp_path):
+    path = tmp_path / "c.pt"
+    write_checkpoint(path)
+    assert tools.load_checkpoint(path, Settings, **Settings()._asdict())["step"] == 11
+    with pytest.raises(tools.UserError, match=r"steps 12 there, 13 here, pair \(28, 'x'\) there, None here\);"):
+        tools.load_checkpoint(path, Settings, steps=13, title="A line", pair=None)
+
+
+# A resumable run
+@pytest.fixture
+def fit(tmp_path, capfd):
+    """fit(act, **settings): run or resume a loop in which act(step) is called before each step. Returns what ended it,
+    or None; what it printed; and the checkpoint."""
+    path = tmp_path / "checkpoint.pt"
+
+    def fit(act=lambda step: None, factor=1.0, **settings):
+        torch.manual_seed(0)
+        line, settings = nn.Linear(1, 1), Settings(**settings)
+        optimizer = torch.optim.SGD(line.parameters(), lr=0.1, momentum=0.9)
+
+        def loop(first):
+            for step in range(first, settings.steps):
+                act(step)
+                loss = factor * (line(torch.full((5, 1), step / 12)) - 3).square().mean()
+                optimizer.zero_grad(), loss.backward(), optimizer.step()
+                yield step, loss.detach()
+
+        checkpoint, ended = tools.load_checkpoint(path, Settings), None
+        try:
+            tools.run_resumable(loop, {"line": line, "optimizer": optimizer}, settings, path, checkpoint)
+        except (SystemExit, KeyboardInterrupt, tools.UserError, OSError) as error:
+            ended = error
+        return ended, capfd.readouterr(), tools.load_checkpoint(path, Settings)
+
+    fit.path = path
+    return fit
+
+
+def assert_same(one, other):
+    assert torch.equal(one["losses"], other["losses"])
+    assert all(torch.equal(weight, other["line"][name]) for name, weight in one["line"].items())
+
+
+@pytest.fixture
+def whole(fit):
+    """The checkpoint of a run that nothing interrupted."""
+    ended, said, checkpoint = fit()
+    assert ended is None and checkpoint["step"] == 12
+    assert checkpoint["losses"].isfinite().all() and len(checkpoint["losses"]) == 12
+    assert "12 steps of 5 images" in said.out and f"wrote {fit.path}" in said.out
+    assert "images/s" in said.err and f"loss={checkpoint['losses'].mean():.3f}" in said.err
+    assert sorted(path.name for path in fit.path.parent.iterdir()) == ["checkpoint.pt", "loss.png"]
+    for path in fit.path.parent.iterdir():
+        path.unlink()
+    return checkpoint
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [0, 5, 11])
+def test_a_stopped_run_resumes_bit_by_bit(fit, whole, monkeypatch, at, number):
+    monkeypatch.setattr(sys, "argv", ["05 next.py", "--restart", "--n", "3"])
+    before = signal.getsignal(number)
+    ended, said, checkpoint = fit(lambda step: step == at and os.kill(os.getpid(), number))
+    assert ended.code == 130 and checkpoint["step"] == at + 1
+    assert said.out.endswith(f"stopped after step {at + 1} of 12. To resume:\npython '05 next.py' --n 3\n")
+    assert signal.getsignal(number) is before
+    ended, said, checkpoint = fit()
+    assert ended is None and f"from step {at + 1}" in said.out
+    assert_same(checkpoint, whole)
+
+
+def test_the_first_ctrl_c_answers_at_once_and_the_second_stops_at_once(fit, capfd):
+    answers = []
+
+    def interrupt(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            answers.append(capfd.readouterr().err)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    ended, _, checkpoint = fit(interrupt)
+    assert "stopping after this step, and saving" in answers[0]
+    assert isinstance(ended, KeyboardInterrupt) and checkpoint is None
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+
+sys.path[:0] = {paths!r}
+import lesson_tools, torch
+from test_lesson_tools import Settings, nn
+
+lesson_tools.SAVE_EVERY, path, replace = -1, Path({path!r}), Path.replace
+line, written = nn.Linear(1, 1), []
+
+def kill_in_the_fifth(part, target):  # the file is whole, but doesn't have its name yet
+    written.append(part)
+    if len(written) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(part, target)
+
+def loop(first):
+    for step in range(first, 12):
+        with torch.no_grad():
+            line.weight.fill_(step)
+        yield step, torch.tensor(1.0)
+
+Path.replace = kill_in_the_fifth
+lesson_tools.run_resumable(loop, {{"line": line}}, Settings(), path)
+"""
+
+
+def test_kill_leaves_the_checkpoint_of_before(tmp_path):
+    """`kill -9`, here in the middle of the fifth save."""
+    path = tmp_path / "checkpoint.pt"
+    code = KILLED.format(paths=[str(ROOT), str(ROOT / "tests")], path=str(path))
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL and "Traceback" not in result.stderr
+    checkpoint = tools.load_checkpoint(path, Settings)
+    assert checkpoint["step"] == 4 and checkpoint["line"]["weight"] == 3
+    assert checkpoint["losses"].isfinite().sum() == 4
+
+
+def test_saves_come_when_due(fit, monkeypatch):
+    saves = []
+    monkeypatch.setattr(tools, "save_checkpoint", lambda path, content: saves.append(copy.deepcopy(content)))
+    clock = iter(range(0, 10**6, 50))  # fifty seconds a look
+    monkeypatch.setattr(tools.time, "monotonic", lambda: next(clock))
+    fit()
+    steps = [content["step"] for content in saves]
+    assert steps[-1] == 12 and 4 <= len(steps) < 12
+    for content in saves:
+        assert content["losses"].isfinite().sum() == content["step"]
+
+
+def test_a_failed_save_is_tried_again_and_only_the_last_ends_the_run(fit, whole, monkeypatch):
+    monkeypatch.setattr(tools, "SAVE_EVERY", -1)
+    save, fails = tools.save_checkpoint, {3, 4}
+
+    def flaky(path, content):
+        if content["step"] in fails:
+            raise OSError(f"{path}: can't be written (disk full)")
+        save(path, content)
+
+    monkeypatch.setattr(tools, "save_checkpoint", flaky)
+    ended, said, checkpoint = fit()
+    assert ended is None
+    assert (said.out + said.err).count("can't be written (disk full); the next try is in two minutes") == 2
+    assert_same(checkpoint, whole)
+    fit.path.unlink()
+    fails |= {12}
+    ended, _, checkpoint = fit()
+    assert "disk full" in str(ended) and checkpoint["step"] == 11
+
+
+@pytest.mark.parametrize("factor", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_stops_the_run(fit, factor):
+    fit(lambda step: step == 4 and os.kill(os.getpid(), signal.SIGINT))
+    before = fit.path.read_bytes()
+    handler = signal.getsignal(signal.SIGINT)
+    ended, _, _ = fit(factor=factor)
+    assert isinstance(ended, tools.UserError) and "not finite any more at step 6: try" in str(ended)
+    assert signal.getsignal(signal.SIGINT) is handler and fit.path.read_bytes() == before
+
+
+def test_all_numbers_must_stay_finite_before_anything_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(tools, "SAVE_EVERY", -1)
+
+    def loop(first):
+        for step in range(first, 12):
+            yield step, torch.tensor(1.0), torch.tensor(1.0 if step < 7 else torch.inf)
+
+    with pytest.raises(tools.UserError, match="not finite any more at step 8"):
+        tools.run_resumable(loop, {}, Settings(), tmp_path / "checkpoint.pt")
+    assert tools.load_checkpoint(tmp_path / "checkpoint.pt", Settings)["step"] == 7
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path):
+    line, wide = nn.Linear(1, 1), nn.Linear(3, 1)
+    adam = [torch.optim.Adam(layer.parameters()) for layer in (line, nn.Sequential(line, nn.Linear(1, 1)))]
+    write_checkpoint(tmp_path / "c.pt", line=wide, adam=adam[0])
+    checkpoint = tools.load_checkpoint(tmp_path / "c.pt", Settings)
+    for state in ({"line": line}, {"adam": adam[1]}, {"other": line}, {"losses": line}):
+        with pytest.raises(tools.UserError, match=r"c.pt: .*--restart"):
+            tools.restore(tmp_path / "c.pt", checkpoint, state)
