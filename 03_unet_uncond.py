@@ -753,7 +753,7 @@ def show_muon():
         values[label] = torch.linalg.svdvals(matrix)[:12].tolist()
         print(f"   singular values, {label:12}:", *(f"{value:.3f}" for value in values[label]))
     labels = {"xlabel": "direction", "ylabel": "singular value", "ylim": 0}
-    return tools.plot_curves("Muon makes a step equally large in all directions", range(1, 13), values, **labels)
+    return tools.plot_curves("Muon makes a step about equally large in all directions", range(1, 13), values, **labels)
 
 
 # %% 13. The training loop
@@ -864,7 +864,7 @@ def show_training():
         losses = loss_by_level(ema, unseen)
         means.append(np.mean(losses))
         print(f"   {label:17}" + "".join(f"{loss:7.3f}" for loss in [*losses, means[-1]]))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), width_ratios=(1, 2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(2, 5))
     labels = {"xlabel": "step", "ylabel": "loss (mean of 50 steps)", "ylim": (0, 1)}
     tools.plot_lines(left, range(50, 50 + len(curves[label])), curves, **labels)
     tools.plot_images(right, torch.cat(list(rows.values())), len(noise), rows)

@@ -83,8 +83,8 @@ def show_cost():
     labels = {"xlabel": "side of the level in pixels", "xscale": "log"}
     tools.plot_lines(axes[0], sides, curves, ylabel="megabytes saved per image", yscale="log", **labels)
     tools.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **labels)
-    said = f"a block's weights would be {weights[0]:.0f} MB per image; with attention it takes"
-    figure.suptitle(f"At {sides[0]} × {sides[0]} {said} {slow[0] / quick[0]:.0f} times as long")
+    said = f"the weights of one image are {weights[0]:.0f} MB, and a block takes {slow[0] / quick[0]:.0f} times as long"
+    figure.suptitle(f"At {sides[0]} × {sides[0]} pixels {said}", fontsize=11)
     return figure
 
 

@@ -226,8 +226,11 @@ def choose_device(name):
 
 
 def choose_precision(device):
-    """bfloat16 if the processor has instructions for it (if not, it is emulated, and slow), otherwise None."""
-    instructions = torch.cpu.get_capabilities()
+    """bfloat16 if the processor has instructions for it (if not, it is emulated, and slow), otherwise None.
+
+    PyTorch before 2.11 can't say what a CPU has; there, it is None.
+    """
+    instructions = getattr(torch.cpu, "get_capabilities", dict)()
     fast = device.type == "cpu" and (instructions.get("amx_bf16") or instructions.get("avx512_bf16"))
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
