@@ -3,8 +3,8 @@
     python tests/export_diffusers.py CHECKPOINT DIR
 
 CHECKPOINT is a checkpoint.pt under runs/. DIR gets the network, for UNet2DModel.from_pretrained(DIR), and the noise
-levels, for EDMDPMSolverMultistepScheduler.from_pretrained(DIR). How to draw with the two stands in README.md: what the
-`Denoiser` does around the network is not in the export.
+levels, for EDMDPMSolverMultistepScheduler.from_pretrained(DIR). docs/diffusers.md has the lines that sample
+with the two: what the `Denoiser` does around the network is not in the export.
 """
 
 import argparse

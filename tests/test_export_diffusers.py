@@ -1,4 +1,4 @@
-"""Trained networks in diffusers: the same outputs, the export as a command, and README's lines that draw from it."""
+"""Trained networks in diffusers: the same outputs, the export as a command, and the lines that sample from it."""
 
 import json
 import re
@@ -93,8 +93,12 @@ def test_what_cannot_be_done_is_one_line(changes, arguments, message, lesson4, t
 
 
 @pytest.mark.parametrize("patch", [1, 2])
-def test_the_lines_in_readme_draw_what_lesson_4_draws(lesson3, lesson4, export, compare, tmp_path, monkeypatch, patch):
-    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_lines_for_diffusers_draw_what_lesson_4_draws(
+    lesson3, lesson4, export, compare, tmp_path, monkeypatch, patch
+):
+    (lines,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "diffusers.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     assert f" {lesson3.TIME_SCALE} * time" in lines
     tiny = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=2, head_dim=8, patch=patch)
     monkeypatch.setitem(lesson3.PRESETS, "tiny", tiny)
@@ -103,9 +107,9 @@ def test_the_lines_in_readme_draw_what_lesson_4_draws(lesson3, lesson4, export, 
 
     torch.manual_seed(1)
     names = {}
-    exec(compile(lines, "README.md", "exec"), names)
+    exec(compile(lines, "diffusers.md", "exec"), names)
     torch.manual_seed(1)
     noise = torch.nn.functional.pixel_shuffle(torch.randn(16, patch**2, 8 // patch, 12 // patch), patch)
     denoise = lesson4.guide(denoiser, torch.full((16,), 9), lesson4.GUIDANCE_LONG)
     *_, (_, images, _) = lesson3.sample(denoise, noise, lesson3.noise_levels())
-    compare("README's lines, guided steps", names["x"], images, TOLERANCE)
+    compare("the lines for diffusers, guided steps", names["x"], images, TOLERANCE)
