@@ -1,7 +1,7 @@
 """Lesson 1: a number becomes a vector.
 
-A diffusion network needs to know how noisy its input is. A single number is a poor way to say so; a row of sines and
-cosines, fast ones and slow ones, is better (Vaswani et al. 2017, section 3.5; lecture section "time embedding").
+A diffusion network needs to know how noisy its input is. A single number is a poor way to tell it; a vector of sines
+and cosines, fast and slow, works better (Vaswani et al. 2017, section 3.5; lecture section "time embedding").
 
     python 01_time_embedding.py [--out DIR]
 """
@@ -20,8 +20,8 @@ import lesson_tools as tools
 # %% 1. A clock
 # One diffusion network removes noise at every level, and what it must do depends on the level. So it gets a time step,
 # from 0 to 999. From 0 to 10 the noise becomes nearly five times as strong (Ho et al. 2020), but as a single number, 10
-# is nearly the same as 0: a hundredth of the way from the first time to the last. A network that is to treat the two
-# very differently needs very large weights, and is slow to find them (Tancik et al. 2020).
+# is nearly the same as 0: a hundredth of the way from the first time to the last. To treat the two very differently, a
+# network needs very large weights, and learns them slowly (Tancik et al. 2020).
 #
 # Clocks solved this long ago. The second hand tells neighbouring moments apart, the hour hand tells three from nine,
 # and no hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its
@@ -37,7 +37,7 @@ def show_clock():
         axis.set(theta_offset=math.pi / 2, theta_direction=-1, xticks=[], yticks=[], ylim=(0, 1))
     for axis, time in zip(axes[:, 0], times, strict=True):
         axis.set_ylabel(f"t = {time:.0f}", labelpad=18)
-    figure.suptitle("Eight hands show the time: fast ones tell 50 from 51, slow ones 50 from 900")
+    figure.suptitle("Fast hands tell 50 from 51, slow hands 50 from 900")
     return figure
 
 
@@ -97,7 +97,7 @@ def show_distances():
     for name, distance in lines.items():
         print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    title = f"Embedded, 380 is {ratio:.0f} times as far from 370; farther away, distances grow slowly"
+    title = f"The embedding spreads near times apart\n(380 is {ratio:.0f} times as far from 370 as it is as one number)"
     return tools.plot_curves(title, t, lines, xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
 
 
@@ -105,8 +105,8 @@ def show_distances():
 # It says how slow the slowest hand is, whose full turn takes 2π · max_period. If it is small for the range of t, even
 # that hand goes round more than once, and none tells early from late. If it is large, the slow hands hardly leave their
 # place, and their columns barely vary. The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017);
-# diffusion models took it over for t = 0, 1, ..., 999. The lecture keeps it too, though its conditional model
-# (notebook 28) puts in t from 0 to 1, where most columns barely vary.
+# diffusion models kept it for t = 0, 1, ..., 999. So does the lecture, though its conditional model (notebook 28) feeds
+# in t from 0 to 1, and most columns barely vary.
 @tools.section
 def show_max_period():
     figure, axes = plt.subplots(1, 4, figsize=(8, 3), sharey=True)
@@ -117,16 +117,16 @@ def show_max_period():
         print(f"   t from 0 to {last}, max_period {max_period}: {still} of 16 columns barely vary")
         axis.set(xlabel="t", title=f"max_period {max_period}:\n{still} of 16 still")
     axes[0].set_ylabel("column")
-    figure.suptitle("Too small: no slow columns. Too large for the range of t: columns that barely vary")
+    figure.suptitle("max_period too small: no slow columns; too large: still ones")
     return figure
 
 
 # %% 5. An aside: "3 later" is a rotation
 # The U-Net makes no use of it, but transformers were given it for their positions. "3 later" turns each hand by an
 # angle of its own, whatever the time is. And turning is linear: sin(a + b) and cos(a + b) are sums of sin(a) and
-# cos(a), with weights that depend on b alone. So it is the same matrix for all times, and a single linear layer can
-# learn it. Turning two embeddings alike changes neither their lengths nor the angle between them. So their dot product
-# depends only on how far apart they are, not on when: it is the sum of cos(frequency * distance).
+# cos(a), with weights that depend on b alone. So one matrix serves all times, and a single linear layer can learn it.
+# Turning two embeddings by the same angles changes neither their lengths nor the angle between them. Their dot product
+# therefore depends only on how far apart they are, not on when: it is the sum of cos(frequency * distance).
 def shift_matrix(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t; dim is even
     (Vaswani et al. 2017, section 3.5, choose the sines for this)."""
@@ -171,7 +171,7 @@ class TimeEmbedding(nn.Module):
 # into two numbers for each channel, the same for all its pixels: a channel can be amplified at one time and switched
 # off at another. Section 8 of 03 puts this layer into a residual block, and says why there.
 class ScaleShift(nn.Module):
-    """Scales and shifts each channel, as the vector says (Dhariwal and Nichol 2021, section 3.1)."""
+    """Scales and shifts each channel by amounts computed from the embedding (Dhariwal and Nichol 2021, section 3.1)."""
 
     def __init__(self, embedding_dim, channels):
         super().__init__()

@@ -28,8 +28,8 @@ import lesson_tools as tools
 # Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; s tokens, each d wide;
 # (h w) is one axis. `.mT` swaps the last two.
 def attention_weights(q, k):
-    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i is how much token i attends to each; it sums to 1
-    (Vaswani et al. 2017, section 3.2.1)."""
+    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i attends to every token, and
+    sums to 1 (Vaswani et al. 2017, section 3.2.1)."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 5 says why they are divided
     return scores.softmax(dim=-1)
 
@@ -92,14 +92,14 @@ def show_one_pixel():
         tools.plot_image(below, weights, f"{share:.0%} is far away", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
             axis.plot(column, row, "o", color=color, markerfacecolor="none", markersize=10)
-    figure.suptitle(f"The marked pixel attends to those that look like it, however far away ({name})")
+    figure.suptitle(f"The marked pixel attends to lookalikes, near and far ({name})")
     return figure
 
 
 # %% 3. Why at all: the rabbit's ear
 # One ear of a rabbit has its colour: how does the other ear, on the far side of the image, get the same? Convolutions
-# of 3×3 pixels carry it one pixel per layer. The gradient shows what an output pixel depends on (here, one of a
-# garment's): with respect to a pixel that it can't be reached from, it is exactly zero.
+# of 3×3 pixels carry it one pixel per layer. The gradient shows what an output pixel depends on (here, one inside a
+# garment). It is exactly zero for every input pixel outside the output pixel's receptive field.
 def input_gradient(layer, x, row, column):
     """How much one pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the gradient's size, `(h, w)`."""
     x = x.detach().requires_grad_()
@@ -134,7 +134,8 @@ def show_reach():
 # %% 4. What flattening loses
 # What is lost is which tokens were neighbours. Attention has no notion of a place, so permuting its input permutes its
 # output and does nothing else. A U-Net can live with that, because the convolutions around the attention have put
-# something of its neighbourhood into each pixel. A transformer (section 12) needs to be given the positions.
+# something of its neighbourhood into each pixel. A transformer (section 12) needs a positional encoding: a vector for
+# each position.
 def permute_pixels(x, order):
     """Pixel i of the result is pixel order[i] of x `(n, c, h, w)`, counted row after row."""
     return to_image(to_tokens(x)[:, order], x.shape[2])
@@ -263,8 +264,8 @@ def show_rearrange():
 
 
 # %% 8. Several heads
-# One set of weights makes one average, and that is all a token gets. Several heads make several: each has queries,
-# keys and values of its own, d = c / heads wide, which are projections of *all* channels. Their averages are joined.
+# One set of weights gives a token one average. Several heads give it several: each head has its own queries, keys and
+# values, d = c / heads wide, projected from *all* channels. The averages are concatenated.
 class MultiHeadSelfAttention(nn.Module):
     """Every token attends to all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
@@ -286,7 +287,7 @@ class MultiHeadSelfAttention(nn.Module):
         return rearrange(self.qkv(tokens), "n s (three heads d) -> three n heads s d", three=3, heads=self.heads)
 
     def weights(self, tokens):
-        """`(n, heads, s, s)`: row i says how much token i attends to each."""
+        """`(n, heads, s, s)`: row i says how much token i attends to every token."""
         q, k, _ = self.split(tokens)
         return attention_weights(q, k)
 
@@ -311,7 +312,7 @@ class AttentionBlock(nn.Module):
         return x + to_image(attended, x.shape[2])  # n c h w
 
     def weights(self, x):
-        """`(n, heads, h w, h w)`: row i says how much pixel i attends to each."""
+        """`(n, heads, h w, h w)`: row i says how much pixel i attends to every pixel."""
         return self.attention.weights(to_tokens(self.norm(x)))
 
 
@@ -570,19 +571,18 @@ def show_transformer():
 
 
 # %% 13. Attention can be a convolution
-# Nine heads, each of which attends to one of the nine pixels under the kernel (Cordonnier et al. 2020). The scores
-# depend on places only: minus the squared distance of a pixel at i from the wanted one at j, times a number so large
-# that this pixel gets all the weight. (It is a dot product of features of the places: -|i-j|² = 2 i·j - |i|² - |j|².)
-# Beyond the border there is no wanted pixel. Softmax has to give the weight to somebody, and it would be the nearest
-# pixel; but a convolution finds a zero there. So there is one more token, which holds zeros, at a squared distance of
-# 0.5: farther than the wanted pixel, nearer than any other.
+# A 3×3 convolution is nine heads, each attending to one of the nine pixels under the kernel (Cordonnier et al. 2020).
+# The scores depend on positions only: minus the squared distance of a pixel at i from the wanted one at j, times a
+# number so large that this pixel gets all the weight. (It is a dot product of position features:
+# -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the border there is no wanted pixel. Softmax would give the weight to the
+# nearest pixel, but a convolution finds a zero there. So we add a token of zeros, at a squared distance of 0.5: farther
+# than the wanted pixel, nearer than any other.
 #
-# Here the value of a pixel is *all* its channels, in every head. In section 8's layer nine heads would share them: what
-# one makes of its pixel is a matrix, from channels to channels, of rank c / 9 at most, and not every convolution is
-# made of such.
+# Here the value of a pixel is *all* its channels, in every head. In section 8's layer nine heads would share them: each
+# could apply only a matrix of rank at most c / 9, and not every convolution consists of such matrices.
 class PositionAttention(nn.Module):
-    """Attention by position alone: head i attends to the pixel that is offsets[i] away, `(rows, columns)`, or to zeros.
-    Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""
+    """Attention by position alone: head i attends to the pixel offsets[i] away, `(rows, columns)`, or beyond the
+    border to zeros. Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""
 
     def __init__(self, channels_in, channels_out, offsets, bias=True):
         super().__init__()
@@ -626,7 +626,7 @@ def show_convolution():
     error = relative_error(attention_from_convolution(conv)(x), conv(x))
     print(f"   16 to 32 channels, 28 × 28: relative difference {error:.0e}")
     corner = attention_from_convolution(conv).scores(28, 28).softmax(dim=-1)[:, 0]  # heads (h w + 1)
-    print("   in the top left corner, nine heads give the token of zeros", *(f"{head[-1]:.0%}" for head in corner))
+    print("   weight of the token of zeros in the top left corner, by head:", *(f"{head[-1]:.0%}" for head in corner))
 
 
 # %% The command

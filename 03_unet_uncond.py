@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 import lesson_tools as tools
 
-lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` is no Python: names don't begin with a digit
+lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` isn't valid Python: no name starts with a digit
 
 
 # %% 1. A convolution comes after its norm and its activation
 # A signal must survive every layer, or the last ones never see the image. A shortcut, x + ..., lets it pass; but an
 # activation *after* the sum, as in the lecture's first residual blocks, bends it again, block after block. Put norm and
-# activation in front of each convolution, and a block's output is a plain sum. (The norm at the end of a branch matters
-# too: it makes the branch as large as the signal.)
+# activation in front of each convolution, and a block's output is a plain sum. (The norm at the end of a branch does
+# harm too: it makes the branch as large as the signal.)
 #
 # The same layers in both orders; x is `(n, c, h, w)` all the way:
 def activate_last(x, convs, norms):
@@ -59,7 +59,7 @@ def signal_through(block, x):
 
 
 def correlation(a, b):
-    """Of two tensors `(n, c, h, w)`, without each channel's mean: 1 for the same image, 0 for nothing in common."""
+    """The correlation of two tensors `(n, c, h, w)`, each channel centred: 1 if they are equal, 0 if unrelated."""
     a, b = (tensor - tensor.mean(dim=(0, 2, 3), keepdim=True) for tensor in (a, b))
     return float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
 
@@ -135,8 +135,9 @@ def show_block():
 
 
 # %% 3. Saved: the up path will need what the down path computed
-# A mix-in keeps the output of the class it stands in front of: `super()` is the next one in the order in which Python
-# searches the ancestors. Behind a module class it would never be asked, as Python finds the module's `forward` first.
+# This mix-in keeps the output of the class to its right in the list of bases: `super()` is the next class in Python's
+# method resolution order. To the right of a module class it would never run: Python finds the module's `forward` first.
+# (A list of outputs would do for our U-Net. The lecture's way down is an `nn.Sequential`, which keeps no list.)
 class Saved:
     """Keeps a module's output until the up path takes it."""
 
@@ -147,7 +148,7 @@ class Saved:
         return self.saved
 
     def take(self):
-        """The saved output, which is forgotten here, so that no activation outlives the forward pass."""
+        """Return the saved output and forget it, so that no activation outlives the forward pass."""
         saved, self.saved = self.saved, None
         return saved
 
@@ -176,11 +177,11 @@ def show_saved():
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: blocks, and convolutions of stride 2, which halve height and width, so a 3×3 convolution sees ever more of the
 # garment. A level has a quarter of the pixels of the one above and twice the channels, so all levels cost about the
-# same. (The table's 32 to 256 channels are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of diffusers'
+# same. (The 32 to 256 channels below are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of diffusers'
 # UNet2DModel. `--no-time --preset lecture` trains this one.)
 #
-# Up: the same the other way round. Each block gets the activations from below and, as more channels, those saved at its
-# size on the way down. There is one block more, because a level saves one activation more than it has blocks.
+# Up: the same in reverse. Each block gets the activations from below, concatenated with those saved at its size on the
+# way down. Each level has one extra block here, because it saved one more activation than it has blocks.
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
@@ -197,7 +198,7 @@ class UNet(nn.Module):
         width, skips = widths[0], [widths[0]]  # the channels by now, and of all that is saved
 
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
-        for level, new_width in enumerate(widths):  # the lecture's down_block ends with what begins the next turn
+        for level, new_width in enumerate(widths):
             if level > 0:
                 self.downsample.append(SavedConv(width, width, 3, stride=2, padding=1))
                 skips.append(width)
@@ -213,7 +214,7 @@ class UNet(nn.Module):
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, new_width in enumerate(reversed(widths)):  # the lowest level first
             if level > 0:
-                smooth = nn.Conv2d(width, width, 3, padding=1)  # the steps that remain if each pixel becomes four
+                smooth = nn.Conv2d(width, width, 3, padding=1)  # over the 2×2 squares of equal pixels
                 self.upsample.append(nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), smooth))
             blocks = nn.ModuleList()
             for _ in range(depth + 1):
@@ -324,9 +325,9 @@ def show_skips():
 # From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can hardly
 # be seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
 # Models", EDM; the lecture's notebook 26). At one end x is almost the answer; at the other end it reveals nothing. In
-# between, if noise hides an edge, the best single answer is the mean of all possible edges: a blur. To turn it into one
-# garment takes many small steps (section 10). (Notebook 28 goes back to a cosine schedule, and predicts the noise; we
-# keep 26's way.)
+# between, if noise hides an edge, the best single answer is the mean of all possible edges: a blur. Turning it into one
+# garment takes many small steps (section 10). (Notebook 28 returns to a cosine schedule and predicts the noise; we stay
+# with notebook 26.)
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # the ends of sampling (EDM begins at 80, too, and ends at 0.002)
 
 
@@ -350,18 +351,18 @@ def show_noise():
 
 
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
-# Two things would make learning hard. The standard deviation of x is 0.7 at one end and 80 at the other, and a network
-# likes its input to be of one size. And neither obvious target works at both ends. Predicting x0 fails at low noise: x
-# is nearly the answer, and a network that has to repeat its input adds errors of its own. Predicting the noise fails at
-# high noise: x0 is x - sigma · noise, and sigma multiplies every error. So the denoiser's answer is
+# Two things would make learning hard. The standard deviation of x is 0.7 at one end and 80 at the other, but a network
+# works best with inputs of the same scale. And neither obvious target works at both ends. Predicting x0 fails at low
+# noise: x is nearly the answer, and a network that has to repeat its input adds errors of its own. Predicting the noise
+# fails at high noise: x0 is x - sigma · noise, and sigma multiplies every error. So the denoiser's answer is
 #
 #     x0_hat = c_skip · x + c_out · network(c_in · x, c_noise)
 #
 # c_in scales x to variance one, whatever sigma is. c_skip lets x itself through, as far as it can be believed: nearly
 # all of it at low noise, nothing at high. c_out scales what the network adds, and its target has variance one, too: at
-# low noise it is minus the noise, at high noise the garment, in between a mix. (c_skip is chosen so that c_out, by
-# which the network's errors are multiplied, is as small as it can be.) c_noise is the time that the network gets:
-# ln(sigma) / 4, times a constant that makes the hands of 01's clock move.
+# low noise it is minus the noise, at high noise the garment, in between a mix. (c_skip is chosen to make c_out, which
+# multiplies the network's errors, as small as possible.) c_noise is the time that the network gets: ln(sigma) / 4,
+# times a constant that makes the hands of 01's clock move.
 #
 # And the work can be done on patches (pixel_unshuffle): 2×2 pixels become 4 channels of one pixel, so that the network
 # has a quarter of the pixels to go over.
@@ -374,7 +375,7 @@ class Denoiser(nn.Module):
     network:    network(x, time, label); x is `(n, channels · patch², h/patch, w/patch)`, time and label are `(n,)`.
     sigma_data: standard deviation of the training images.
     patch:      side of the patches that become channels before the network, and pixels again after it.
-    precision:  the network computes in this type (autocast) if given; everything around it doesn't.
+    precision:  the type in which the network computes (autocast), if given; everything around it keeps the type of x.
     """
 
     def __init__(self, network, sigma_data, patch=1, precision=None):
@@ -422,14 +423,14 @@ def show_preconditioning():
     sigmas = torch.logspace(-2, 2, 200)
     names = ("c_skip: how much of x is kept", "c_out: how much is added", "c_in")
     curves = dict(zip(names, denoiser.scales(sigmas), strict=True))
-    title = "At low noise x is kept, at high noise the network makes it all"
+    title = "The noisier x is, the less of it is kept"
     return tools.plot_curves(title, sigmas, curves, xscale="log", xlabel="sigma", ylabel="factor")
 
 
 # %% 8. Time
-# c_in has made every x about equally large, so the size of x doesn't tell the network how noisy it is. So each block
+# c_in gives every x about the same scale, so its size doesn't tell the network how noisy it is. Each block therefore
 # gets the embedding of 01, shared by all blocks, as a scale and a shift for each channel. They act *after* the second
-# norm. The lecture has them in front of it, where a group norm would take out again what is common to a group.
+# norm. The lecture applies them before it, but a group norm would remove whatever a group's channels have in common.
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation (adaptive group norm, or FiLM)."""
 
@@ -469,7 +470,7 @@ class TimeUNet(UNet):
         return kind(in_channels, out_channels, self.groups, 4 * self.widths[0])
 
     def embed(self, time, label):
-        """What every block gets, `(n, 4 * widths[0])`; 04 adds the label."""
+        """The embedding that every block gets, `(n, 4 * widths[0])`; 04 adds the label."""
         return self.embed_time(time)
 
     def forward(self, x, time, label=None):
@@ -478,17 +479,17 @@ class TimeUNet(UNet):
 
 
 class UntimedUNet(UNet):
-    """The first U-Net, which ignores the time it gets (the lecture's first one gets none)."""
+    """The first U-Net with the signature of the others: it ignores time and label."""
 
     def forward(self, x, time, label=None):
         return super().forward(x)
 
 
-# Does a network need to be given the time at all? An image shows by itself how noisy it is: in the background all
-# pixels should be equal, and they differ by as much as the noise is strong. The table has their standard deviation in a
-# corner of 3 × 3 pixels, as the network sees it, after c_in. It tells low levels apart, but hardly those above 1.
-# (c_in, c_skip and c_out know sigma in any case.) Section 13 measures what the time is worth.
-LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # of 1,000 levels drawn in training, 994 are within
+# Does a network need the time at all? The image itself shows how noisy it is: background pixels should be equal, and
+# they differ by the strength of the noise. Printed below is their standard deviation in a corner of 3 × 3 pixels, as
+# the network sees it, after c_in. It tells low levels apart, but hardly those above 1. (c_in, c_skip and c_out know
+# sigma in any case.) Section 13 measures what the time is worth.
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 levels drawn in training are in this range
 
 
 @tools.section
@@ -508,7 +509,7 @@ def show_time():
 
 
 # %% 9. The loss
-# Take images, a noise level and noise for each, and let the denoiser guess the images.
+# Take a batch of images, add noise to each at a level of its own, and let the denoiser predict the clean images.
 def denoising_loss(denoiser, x0, sigma, noise, label=None):
     """The squared error of x0_hat, weighted by 1 / c_out² (Karras et al. 2022, equation 8). Returns `(n,)`.
 
@@ -520,8 +521,8 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
     return (x0_hat - x0).square().mean(dim=(1, 2, 3)) / c_out**2
 
 
-# A new network's output is zero, and its loss is then the variance of the target: 1 at low noise, and 1 plus the square
-# of (mean / sigma_data) of the images at high noise. So no noise level outweighs the others by much.
+# A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
+# of the images at high noise. So no noise level outweighs the others by much.
 @torch.no_grad()
 def loss_by_level(denoiser, images, levels=LEVELS):
     """The mean loss on images `(n, c, h, w)` at each noise level, always with the same noise; a list."""
@@ -539,9 +540,9 @@ def show_loss():
 
 
 # %% 10. Sampling: one step by hand, then all
-# From pure noise, we go in small steps towards what a denoiser predicts. At first it predicts much the same for every
-# noise: something like the mean of all garments. A step goes a part of the way there, until as much noise is left as
-# the next sigma says. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
+# We start from pure noise and take small steps towards the denoiser's prediction. At first it is nearly the same for
+# any noise: roughly the mean of all garments. Each step goes part of the way, until the noise is down to the next
+# sigma. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
 STEPS = 14  # with more, fewer trajectories end wrong (section 11), but samples are no better (docs/measurements.md)
 
 
@@ -574,7 +575,7 @@ def sample_ddim(denoise, noise, sigmas):
 @torch.no_grad()
 def sample_dpm(denoise, noise, sigmas):
     """DPM-Solver++(2M): each step assumes that x0_hat goes on changing as in the step before, linearly in ln(sigma)
-    (Lu et al. 2022, algorithm 2). Error ~ 1 / steps², for the same one evaluation of the network per step."""
+    (Lu et al. 2022, algorithm 2). Error ~ 1 / steps², still with one network evaluation (NFE) per step."""
     x, x0_hat_last, length_last = sigmas[0] * noise, None, None
     for sigma, sigma_next in pairwise(sigmas):
         x0_hat = target = denoise(x, sigma)
@@ -591,7 +592,7 @@ def sample_dpm(denoise, noise, sigmas):
 @torch.no_grad()
 def sample_heun(denoise, noise, sigmas):
     """Each step follows the mean of the slopes dx / dsigma at both of its ends (Karras et al. 2022, algorithm 1). Error
-    ~ 1 / steps², for two evaluations of the network per step."""
+    ~ 1 / steps², with two network evaluations per step."""
     x = sigmas[0] * noise
     for sigma, sigma_next in pairwise(sigmas):
         x0_hat = denoise(x, sigma)
@@ -616,10 +617,10 @@ def sample(denoise, noise, sigmas, method="dpm++"):
 
 
 # A network has to be trained before it can sample. But for a given set of images the best denoiser can be written down:
-# x may have been each of them, with a probability that falls with the distance, and the mean over these probabilities
-# is the best guess. It is attention (02): x is the query, the images are keys and values, and the scores are minus
-# squared distances. It knows its images by heart and makes nothing else. Our network makes new ones, as far from all
-# training images as test images are (docs/measurements.md).
+# x may come from any of them, with a probability that falls with the distance; the best guess is their mean, weighted
+# by these probabilities. This is attention (02): x is the query, the images are keys and values, and the scores are
+# minus squared distances. It knows its images by heart and makes nothing else. Our network makes new ones, at least as
+# far from all training images as test images are (docs/measurements.md).
 def ideal_denoiser(images):
     """denoise(x, sigma) for the samplers, which knows images `(m, c, h, w)`."""
 
@@ -637,7 +638,7 @@ def pixel_std(images):
 
 
 def plot_denoising(title, states):
-    """A strip of a sampler's states: x (scaled to be visible), and the predicted x0 below it."""
+    """A denoising strip: the states x of a sampler (scaled to be visible), each with the predicted x0 below it."""
     frames = [states[round(i)] for i in np.linspace(0, len(states) - 1, min(10, len(states)))]
     strips = []
     for image in range(len(frames[0][1])):
@@ -662,8 +663,8 @@ def show_sampling():
     for sigma, x, x0_hat in states[::3]:
         print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{pixel_std(x0_hat):36.2f}")
     early, late = pixel_std(states[0][2]), pixel_std(states[-1][2])
-    title = f"Four predicted garments differ by {early:.2f} at first, by {late:.2f} at the end ({name})"
-    return plot_denoising(title, states)
+    said = f"(a pixel's deviation among four: {early:.2f} at first, {late:.2f} at the end; {name})"
+    return plot_denoising(f"Predictions start alike and end as different garments\n{said}", states)
 
 
 # %% 11. Few steps or many
@@ -684,21 +685,22 @@ def show_few_steps():
             values.append(int(((x - ends).abs().amax(dim=(1, 2, 3)) > 0.1).sum()))
         print(f"   {method:7}" + "".join(f"{value:8}" for value in values))
     ddim, dpm = (values[counts.index(STEPS)] for values in wrong.values())
-    title = f"After {STEPS} steps of DDIM {ddim} of 100 end on a wrong garment, of dpm++ {dpm} ({name})"
-    return tools.plot_curves(title, counts, wrong, xlabel="steps", ylabel="of 100 end on a wrong garment", ylim=0)
+    said = f"(after {STEPS} steps, {dpm} of 100 end on a wrong garment instead of {ddim}; {name})"
+    labels = {"xlabel": "steps", "ylabel": "wrong garments of 100", "ylim": 0}
+    return tools.plot_curves(f"dpm++ needs fewer steps than DDIM\n{said}", counts, wrong, **labels)
 
 
 # %% 12. Not in the lecture: Muon, the optimiser of the convolutions
-# A few directions make up most of a matrix's gradient, and the other ones hardly learn. Muon (Jordan et al. 2024) takes
-# the momentum, a mean of the last gradients, and makes the step equally large in all directions: all singular values
-# about 1. A convolution's weights are a matrix as well: the output channels by everything each of them looks at.
+# A few directions make up most of a matrix's gradient, and the others hardly learn. Muon (Jordan et al. 2024) takes the
+# momentum, a mean of the last gradients, and makes the step equally large in all directions: all singular values become
+# about 1. A convolution's weights form a matrix too: the output channels by everything each of them looks at.
 #
 # The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
 # singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
 # as many rows as X, the steps are done on G, and X is multiplied once, at the end. (A tall X has the smaller G = Xᵀ X.)
 def orthogonalize(matrices):
-    """Matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.21 if they were at least 0.0015
-    of the matrix's norm); a list. matrices: float32, the shorter side of all is the same."""
+    """A list of the matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.21 if they were at
+    least 0.0015 of the matrix's norm). matrices: float32, all with the same shorter side."""
     matrices = [x / (x.norm() + 1e-7) for x in matrices]
     gram = torch.stack([x @ x.mT if len(x) <= x.shape[1] else x.mT @ x for x in matrices])  # n side side
     identity = product = torch.eye(gram.shape[1], device=gram.device)
@@ -741,7 +743,7 @@ def use_muon(parameters, max_lr):
     """Muon for the convolutions, AdamW for everything else, in a list; max_lr: AdamW's highest learning rate."""
     parameters = list(parameters)
     convolutions, others = ([p for p in parameters if (p.ndim == 4) == is_conv] for is_conv in (True, False))
-    return [Muon(convolutions, 10 * max_lr), *use_adamw(others, max_lr)]  # AdamW's steps have entries of 1, Muon's less
+    return [Muon(convolutions, 10 * max_lr), *use_adamw(others, max_lr)]  # entries of AdamW's steps are 1, Muon's less
 
 
 @tools.section
@@ -757,63 +759,17 @@ def show_muon():
 
 
 # %% 13. The training loop
-# Everything above comes together here. An epoch is all images in random order. Whatever is random in a step depends on
-# seed and step alone (on one kind of device), so a run that was interrupted, or is shared among processes, sees the
-# same batches and noise as one that was neither.
-#
-# Not every noise level is worth the same. At low noise no network can tell the noise from the image, at high noise the
-# image is hidden, and at both ends the weighted loss stays high whatever it learns. So most of the training is in
-# between: two of three levels are from 0.14 to 1. (EDM has -1.2 and 1.2, which are from 0.09 to 1:
-# docs/measurements.md.) Sampling begins at 80, which is practically never drawn: of 2,000 levels one is above 10. From
-# there up c_in · x is little but noise of variance one, and the right answer approaches the mean of all garments.
+# Everything above comes together here. A single gradient can be huge, especially early on; warming up the learning rate
+# and clipping keep it from throwing the weights off. The latest weights jump about while their average doesn't, so we
+# sample with the average.
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 WARM_UP = 0.05  # the share of the steps in which the learning rate rises
 CLIP = 1.0  # the largest norm of all gradients together
 EMA_STEPS = 10  # the average looks back over about a tenth of the steps so far
 
 
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    """The order in which an epoch goes through n images: `(n,)`."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def draw_batches(images, labels, batch_size, seed, steps):
-    """Yield (step, x0, sigma, noise, label) for each of `steps`, a range.
-
-    images: uint8 `(n, c, h, w)`, labels: int64 `(n,)`, both on the device. Image i of step s is image number
-    p = s · batch_size + i of the training: entry p % n of epoch p // n.
-    """
-    n, device = len(images), images.device
-    for step in steps:
-        epochs, entries = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
-        chosen = [epoch_order(n, seed, epoch)[entries[epochs == epoch]] for epoch in np.unique(epochs)]
-        chosen = torch.from_numpy(np.concatenate(chosen)).to(device, non_blocking=True)
-        mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)  # similar pairs, unrelated seeds
-        torch.manual_seed(int(mixed[0]))
-        x0 = images[chosen].float() / 127.5 - 1
-        sigma = (P_MEAN + P_STD * torch.randn(batch_size, device=device)).exp()
-        yield step, x0, sigma, torch.randn_like(x0), labels[chosen]
-
-
-def schedule(step, steps):
-    """The share of the highest learning rate: up during WARM_UP of the steps, then straight down to zero."""
-    warm_up = max(1, round(WARM_UP * steps))
-    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
-
-
-@torch.no_grad()
-def update_ema(ema, denoiser, step):
-    """Move the average towards the weights (an exponential moving average, EMA, with a growing window; Karras et al.
-    2024)."""
-    for slow, fast in zip(ema.parameters(), denoiser.parameters(), strict=True):
-        slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
-
-
-# A single gradient may be huge, an early one above all; warm-up and clipping keep it from throwing the weights off. And
-# the latest weights jump about, while their average doesn't: it is the average that samples.
 def train(denoiser, ema, optimizers, batches, steps):
-    """Train, and yield (step, loss, norm of the gradients) after each step, both as tensors on the device.
+    """A generator: it trains, and after each step yields (step, loss, norm of the gradients), tensors on the device.
 
     ema: a copy of the denoiser, which becomes the average of its weights. batches: yields what `draw_batches` does.
     steps: of the whole training, for the schedule.
@@ -831,9 +787,59 @@ def train(denoiser, ema, optimizers, batches, steps):
         yield step, loss.detach(), norm
 
 
-# A minute of it, in memory: three small networks see the same batches with the same noise. The learning rate of each is
-# the best of three or four, so the difference is not a matter of tuning. On test images the time lowers the loss by a
-# tenth, and Muon by a seventh more (in this run, after 600 steps).
+def schedule(step, steps):
+    """The fraction of the highest learning rate: it rises during the warm-up, then falls linearly to zero."""
+    warm_up = max(1, round(WARM_UP * steps))
+    return max(0.0, min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1)))
+
+
+@torch.no_grad()
+def update_ema(ema, denoiser, step):
+    """Move the average towards the weights (an exponential moving average, EMA, with a growing window; Karras et al.
+    2024)."""
+    for slow, fast in zip(ema.parameters(), denoiser.parameters(), strict=True):
+        slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
+
+
+# Not every noise level is worth the same. At low noise no network can tell noise from image, at high noise the image is
+# hidden, and at both ends the weighted loss stays high whatever the network learns. So we train mostly in between: two
+# thirds of the levels lie between 0.14 and 1. (EDM's mean and deviation are -1.2 and 1.2, so there they lie between
+# 0.09 and 1: docs/measurements.md.) Sampling begins at 80, which training practically never draws: one level in 2,000
+# is above 10. Up there c_in · x is little but noise of variance one, and the right answer approaches the mean of all
+# garments.
+#
+# An epoch is all images in random order. The randomness in a step depends only on the seed and the step (on one kind of
+# device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, seed, epoch):
+    """The order in which an epoch goes through n images: `(n,)`."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def draw_batches(images, labels, batch_size, seed, steps):
+    """Yield (step, x0, sigma, noise, label) for each of `steps`, a range.
+
+    images: uint8 `(n, c, h, w)`, labels: int64 `(n,)`, both on the device. Image i of step s is image number
+    p = s · batch_size + i of the training: entry p % n of epoch p // n. Raises ValueError for images of another type.
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
+    n, device = len(images), images.device
+    for step in steps:
+        epochs, entries = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
+        chosen = [epoch_order(n, seed, epoch)[entries[epochs == epoch]] for epoch in np.unique(epochs)]
+        chosen = torch.from_numpy(np.concatenate(chosen)).to(device, non_blocking=True)
+        mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)  # similar pairs, unrelated seeds
+        torch.manual_seed(int(mixed[0]))
+        x0 = images[chosen].float() / 127.5 - 1
+        sigma = (P_MEAN + P_STD * torch.randn(batch_size, device=device)).exp()
+        yield step, x0, sigma, torch.randn_like(x0), labels[chosen]
+
+
+# A minute of training, without any files: three small networks see the same batches with the same noise. Each has the
+# best of three or four learning rates, so the difference isn't due to tuning. (AdamW with 0.003, 0.006, 0.012 and 0.024
+# reaches a mean loss on test images of 0.433, 0.410, 0.404 and 0.426.) Time lowers the loss by a tenth and Muon by
+# another seventh, after 600 steps, in this run.
 def train_small(network_class, images, use, max_lr, steps=600):
     """A small denoiser's average after training on images `(n, 1, h, w)` in [-1, 1], and its losses. use: `use_adamw`
     or `use_muon`."""
@@ -850,27 +856,26 @@ def show_training():
     (images, _), (unseen, name) = tools.load_images("train", 60_000), tools.load_images("test", 100)
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(8)])
     choices = {
-        "AdamW, no time": (UntimedUNet, use_adamw, 0.012),
-        "AdamW": (TimeUNet, use_adamw, 0.012),
-        "Muon and AdamW": (TimeUNet, use_muon, 0.0028),
+        "AdamW, no time": (UntimedUNet, images, use_adamw, 0.012),
+        "AdamW": (TimeUNet, images, use_adamw, 0.012),
+        "Muon and AdamW": (TimeUNet, images, use_muon, 0.0028),
     }
     curves, rows, means = {}, {}, []
     print("   sigma            " + "".join(f"{sigma:7g}" for sigma in LEVELS) + "   mean")
-    for label, choice in choices.items():
-        network_class, *optimizers = choice
-        ema, losses = train_small(network_class, images, *optimizers)
-        curves[label] = np.convolve(losses, np.full(50, 1 / 50), mode="valid")
-        *_, (_, rows[label], _) = sample(ema, noise, noise_levels())
-        losses = loss_by_level(ema, unseen)
-        means.append(np.mean(losses))
-        print(f"   {label:17}" + "".join(f"{loss:7.3f}" for loss in [*losses, means[-1]]))
+    for choice, arguments in choices.items():
+        ema, losses = train_small(*arguments)
+        curves[choice] = np.convolve(losses, np.full(50, 1 / 50), mode="valid")
+        *_, (_, rows[choice], _) = sample(ema, noise, noise_levels())
+        by_level = loss_by_level(ema, unseen)
+        means.append(np.mean(by_level))
+        print(f"   {choice:17}" + "".join(f"{loss:7.3f}" for loss in [*by_level, means[-1]]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(2, 5))
-    labels = {"xlabel": "step", "ylabel": "loss (mean of 50 steps)", "ylim": (0, 1)}
-    tools.plot_lines(left, range(50, 50 + len(curves[label])), curves, **labels)
+    axes_labels = {"xlabel": "step", "ylabel": "loss (mean of 50 steps)", "ylim": (0, 1)}
+    tools.plot_lines(left, range(50, 50 + len(curves[choice])), curves, **axes_labels)
     tools.plot_images(right, torch.cat(list(rows.values())), len(noise), rows)
     time, muon = means[1] / means[0] - 1, means[2] / means[1] - 1
-    said = f"loss on test images: {time:+.0%} with the time, {muon:+.0%} more with Muon ({name})"
-    figure.suptitle(f"After twenty seconds of training each\n{said}", fontsize=11)
+    said = f"test loss after {len(losses)} steps: {time:+.0%} with time, another {muon:+.0%} with Muon ({name})"
+    figure.suptitle(f"What time and Muon are worth in a short run\n{said}", fontsize=11)
     return figure
 
 
@@ -884,18 +889,18 @@ class Preset(NamedTuple):
     head_dim: int  # channels of a head there
     batch_size: int
     max_lr: float  # AdamW's highest learning rate for that batch size
-    images: int  # to train on
+    images_seen: int  # in training
 
 
 PRESETS = {
-    # widths, depth, groups, patch, attention_levels, head_dim, batch_size, max_lr, images
+    # widths, depth, groups, patch, attention_levels, head_dim, batch_size, max_lr, images_seen
     "small": Preset((48, 96), 1, 3, 2, (1,), 32, 32, 7e-4, 180_000),
     "lecture": Preset((32, 64, 128, 256), 2, 2, 1, (1, 2, 3), 8, 256, 2e-3, 1_500_000),
 }
 
 
 class RunSettings(NamedTuple):
-    """What was asked for, and on which data. A checkpoint with other settings is refused."""
+    """A run's settings and its data. The script refuses to resume a checkpoint with other settings."""
 
     network: str  # its class
     preset: str
@@ -918,8 +923,8 @@ class RunSettings(NamedTuple):
 
 
 def pad(images, preset):
-    """Zeros, the background of uint8 images, around `(n, c, h, w)`: as few as make height and width divisible as the
-    network needs it."""
+    """Pad `(n, c, h, w)` with zeros, the background of uint8 images: just enough to make height and width divisible as
+    the network requires."""
     unit = preset.patch * 2 ** (len(preset.widths) - 1)
     bottom, right = (-size % unit for size in images.shape[2:])
     return F.pad(images, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
@@ -944,7 +949,8 @@ def make_denoiser(network, settings, device):
 
 
 def load_denoiser(path, make_network, device, **asked):
-    """The averaged denoiser in a checkpoint, and its `RunSettings`, which must agree with `asked`. Raises UserError."""
+    """The averaged denoiser in a checkpoint, and its `RunSettings`, whose steps are those it has done. asked: settings
+    that it must agree with. Raises UserError if it doesn't, or can't be loaded."""
     checkpoint = tools.load_checkpoint(path, RunSettings, **asked)
     if checkpoint is None:
         raise tools.UserError(f"{path}: no checkpoint there to sample from; train first, without --sample-only")
@@ -956,11 +962,7 @@ def load_denoiser(path, make_network, device, **asked):
     ema = make_denoiser(network, settings, device)
     tools.restore(path, checkpoint, {"ema": ema})
     print(f"network   {settings.title}, after {checkpoint['step']:,} of {settings.steps:,} steps")
-    return ema.eval().requires_grad_(False), settings
-
-
-def count_steps(images, batch_size):
-    return max(1, round(images / batch_size))
+    return ema.eval().requires_grad_(False), settings._replace(steps=checkpoint["step"])
 
 
 def new_run(options, make_network):
@@ -969,35 +971,44 @@ def new_run(options, make_network):
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size
     if batch_size % tools.PROCESSES:
-        raise tools.UserError(f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, the processes")
+        raise tools.UserError(f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, one share each")
     images, labels, classes, name = tools.load_data(options.data, "train", options.data_dir)
-    n, *size = images.shape
-    print(f"data      {name}: {n:,} images, {size[0]} × {size[1]}, {len(classes)} classes")
+    n, height, width = images.shape
+    print(f"data      {name}: {n:,} images, {height} × {width}, {len(classes)} classes")
     images, labels = pad(torch.from_numpy(images)[:, None], preset), torch.from_numpy(labels)
     sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
     if not sigma_data:
-        raise tools.UserError(f"{name}: all images are the same grey, there is nothing to learn")
+        raise tools.UserError(f"{name}: all images are the same grey; there is nothing to learn")
     torch.manual_seed(options.seed)
     network = make_network(preset, len(classes))
-    steps = count_steps(options.epochs * n if options.epochs else preset.images, batch_size)
-    asked = type(network).__name__, preset_name, steps, batch_size, options.seed
-    return network, RunSettings(*asked, name, n, classes, tuple(size), sigma_data), images, labels
+    steps = max(1, round((options.epochs * n if options.epochs else preset.images_seen) / batch_size))
+    training = {"preset": preset_name, "steps": steps, "batch_size": batch_size, "seed": options.seed}
+    of_data = {"data": name, "images": n, "classes": classes, "size": (height, width), "sigma_data": sigma_data}
+    return network, RunSettings(network=type(network).__name__, **training, **of_data), images, labels
 
 
-def fit(denoiser, settings, draw, path, checkpoint):
-    """Train a new denoiser, or resume from a checkpoint. draw(steps): yields the batches of these steps, a range."""
-    preset, ema = PRESETS[settings.preset], copy.deepcopy(denoiser)
-    max_lr = preset.max_lr * (settings.batch_size / preset.batch_size) ** 0.5  # gradients are noisy by 1 / sqrt(batch)
+def fit(options, path, make_network, change_batches, device):
+    """Train as the options say, or resume from the checkpoint at `path`; see `train_or_load`."""
+    network, settings, *dataset = new_run(options, make_network)
+    checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **settings._asdict())
+    tools.join_processes(device, (settings, checkpoint and checkpoint["step"]))
+    if checkpoint and checkpoint["step"] == settings.steps:
+        print("training  finished in an earlier run; --restart starts over")
+        return
+    preset, denoiser = PRESETS[settings.preset], make_denoiser(network, settings, device)
+    ema, (images, labels) = copy.deepcopy(denoiser), (part.to(device) for part in dataset)
+    max_lr = preset.max_lr * (settings.batch_size / preset.batch_size) ** 0.5  # gradient noise falls as 1 / sqrt(batch)
     muon, adamw = use_muon(denoiser.parameters(), max_lr)
-    shared = tools.distribute(denoiser.network)  # the same weights; of several processes, each computes a share
+    shared = tools.distribute(denoiser.network)  # the same weights; each process computes its share
     trained = Denoiser(shared, denoiser.sigma_data, denoiser.patch, denoiser.precision)
 
     def loop(first):
-        batches = tools.take_share(draw(range(first, settings.steps)))
-        return train(trained, ema, [muon, adamw], batches, settings.steps)
+        batches = draw_batches(images, labels, settings.batch_size, settings.seed, range(first, settings.steps))
+        batches = change_batches(batches, len(settings.classes)) if change_batches else batches
+        return train(trained, ema, [muon, adamw], tools.take_share(batches), settings.steps)
 
     print(f"network   {settings.network}, preset {settings.preset}: {count_parameters(denoiser):,} parameters")
-    print(f"device    {tools.PROCESSES} × {denoiser.device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
+    print(f"device    {tools.PROCESSES} × {device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
     state = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}
     tools.run_resumable(loop, state, settings, path, checkpoint)
 
@@ -1005,31 +1016,15 @@ def fit(denoiser, settings, draw, path, checkpoint):
 def train_or_load(options, path, make_network, change_batches=None):
     """The averaged denoiser that the options ask for, and its settings: from the checkpoint at `path`, or trained now.
 
-    make_network(preset, n_classes): a new network. change_batches(batches, n_classes): other batches, from those of
+    make_network(preset, n_classes): a new network. change_batches(batches, n_classes): modifies the batches of
     `draw_batches`. Raises UserError or DataError if something is missing or doesn't fit; SystemExit after Ctrl-C.
     """
     device = tools.choose_device(options.device)
-    if options.sample_only:
-        asked = {name: getattr(options, name) for name in ("preset", "batch_size") if getattr(options, name)}
-        denoiser, settings = load_denoiser(path, make_network, device, **asked)
-        if options.epochs:
-            tools.check_same(path, settings, steps=count_steps(options.epochs * settings.images, settings.batch_size))
-        return denoiser, settings
-    network, settings, *dataset = new_run(options, make_network)
-    checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **settings._asdict())
-    tools.join_processes(device, (settings, checkpoint and checkpoint["step"]))
-    images, labels = (part.to(device) for part in dataset)
-
-    def draw(steps):
-        batches = draw_batches(images, labels, settings.batch_size, settings.seed, steps)
-        return change_batches(batches, len(settings.classes)) if change_batches else batches
-
-    if checkpoint and checkpoint["step"] == settings.steps:
-        print("training  finished in an earlier run; --restart trains anew")
-    else:
-        fit(make_denoiser(network, settings, device), settings, draw, path, checkpoint)
-    tools.leave_processes()
-    return load_denoiser(path, make_network, device)
+    if not options.sample_only:
+        fit(options, path, make_network, change_batches, device)
+        tools.leave_processes()
+    asked = {name: getattr(options, name) for name in ("preset", "batch_size") if getattr(options, name)}
+    return load_denoiser(path, make_network, device, **asked)
 
 
 def draw_noise(settings, noise_ids, device):
@@ -1038,19 +1033,21 @@ def draw_noise(settings, noise_ids, device):
     return torch.stack([starting_noise(*noise_id, shape) for noise_id in noise_ids]).to(device)
 
 
-def sample_images(generate, noise_ids, size):
-    """An image, `(n, 1, h, w)` in [-1, 1] of that size, for each of noise_ids; and the states of some of them.
+def sample_images(make_denoise, noise_ids, settings, steps, device):
+    """Images `(n, 1, h, w)` in [-1, 1], one for each of noise_ids, (seed, label, index); and the states of some.
 
-    generate(noise_ids): the states of `sample`, of a batch.
+    make_denoise(label): what `sample` needs for images with these labels, `(n,)`.
     """
     images, strip = [], []
     for first in range(0, len(noise_ids), 200):
         batch = noise_ids[first : first + 200]
         shown = np.linspace(0, len(batch) - 1, min(len(batch), 4)).round().astype(int)
-        for sigma, x, x0_hat in tqdm(generate(batch), desc="sampling", unit=" steps", leave=False, disable=None):
+        denoise = make_denoise(torch.tensor([label for _, label, _ in batch], device=device))
+        states = sample(denoise, draw_noise(settings, batch, device), noise_levels(steps))
+        for sigma, x, x0_hat in tqdm(states, "sampling", steps + 1, leave=False, disable=None):
             if first == 0:
-                strip.append((sigma, *(crop(part[shown], size).cpu() for part in (x, x0_hat))))
-        images.append(crop(x, size).clamp(-1, 1).cpu())
+                strip.append((sigma, *(crop(part[shown], settings.size).cpu() for part in (x, x0_hat))))
+        images.append(crop(x, settings.size).clamp(-1, 1).cpu())
     return torch.cat(images), strip
 
 
@@ -1075,11 +1072,8 @@ def main():
     network_class = UntimedUNet if options.no_time else TimeUNet
     make = functools.partial(make_network, network_class=network_class)
     denoiser, settings = train_or_load(options, options.out / "checkpoint.pt", make)
-
-    def generate(noise_ids):
-        return sample(denoiser, draw_noise(settings, noise_ids, denoiser.device), noise_levels(options.steps))
-
-    samples = sample_images(generate, [(options.seed, 0, index) for index in range(options.n)], settings.size)
+    noise_ids = [(options.seed, 0, index) for index in range(options.n)]
+    samples = sample_images(lambda label: denoiser, noise_ids, settings, options.steps, denoiser.device)
     save_samples(options.out, f"{settings.title}, {options.steps} steps", samples)
 
 

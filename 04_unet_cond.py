@@ -29,17 +29,17 @@ PRETRAINED = tools.RUNS.parent / "data" / "pretrained" / "cond.pt"
 
 # %% 1. Attention after the residual block, and on which levels
 # Attention lets every pixel use what a convolution found anywhere: whether the left shoulder has a sleeve, say. So it
-# follows each residual block, down and up, and once in the middle (where notebook 28 has none); a skip is saved after
-# it.
+# comes after each residual block, down and up, and once in the middle (notebook 28 has none there). The skips are saved
+# after it.
 class AttentionResBlock(lesson3.TimeResBlock):
-    """A residual block, with a place for attention after it."""
+    """A residual block, with a place for attention after it. (A block doesn't know its level, so the U-Net adds it.)"""
 
     def __init__(self, in_channels, out_channels, groups, embedding_dim):
         super().__init__(in_channels, out_channels, groups, embedding_dim)
         self.attention = nn.Identity()
 
     def add_attention(self, head_dim):
-        """Attention with heads of so many channels. Raises ValueError if they don't divide the block's."""
+        """Add attention with heads of head_dim channels. Raises ValueError if head_dim doesn't divide the channels."""
         channels, groups = self.conv2.norm.num_channels, self.conv2.norm.num_groups
         if channels % head_dim:
             raise ValueError(f"head_dim must divide the {channels} channels that attention gets, got {head_dim}")
@@ -83,19 +83,22 @@ def show_cost():
     labels = {"xlabel": "side of the level in pixels", "xscale": "log"}
     tools.plot_lines(axes[0], sides, curves, ylabel="megabytes saved per image", yscale="log", **labels)
     tools.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **labels)
-    said = f"the weights of one image are {weights[0]:.0f} MB, and a block takes {slow[0] / quick[0]:.0f} times as long"
-    figure.suptitle(f"At {sides[0]} × {sides[0]} pixels {said}", fontsize=11)
+    said = f"{weights[0]:.0f} MB of weights per image, and a block takes {slow[0] / quick[0]:.0f} times as long"
+    title = f"Attention costs most at the highest resolution\n({sides[0]} × {sides[0]} pixels: {said})"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
 # %% 2. What the convolutions reach without it
-# Is there anything far away that a pixel of this U-Net couldn't know without attention? 02 counts it: on which input
-# pixels does one output pixel depend? In a new network on none, as its last convolution is zero; so all convolutions
-# get random weights. And a group norm is another way across, as all pixels meet in its mean; so the norms are left out.
-# The convolutions alone get across by going down: one pixel of the lowest level stands for many above. So an output
+# Without attention, is anything too far away for a pixel of this U-Net? As in section 3 of 02, we count the input
+# pixels that one output pixel depends on: its receptive field. In a new network there are none, as the last convolution
+# is zero, so all convolutions get random weights. And all pixels meet in the mean of a group norm, so we leave the
+# norms out.
+#
+# The convolutions alone reach far by going down: one pixel of the lowest level stands for many above. So an output
 # pixel depends on all 196 of the small net's patches, and on all 1,024 pixels of the lecture's net, if faintly. What
 # attention adds is choosing by content, not by position. On Fashion-MNIST that hardly helps; if convolutions can't
-# reach far enough, it decides (docs/measurements.md has both).
+# reach far enough, attention makes the difference (docs/measurements.md has both).
 def without_norms(network):
     """The network with random convolutions and without norms, in place."""
     for module in network.modules():
@@ -151,7 +154,8 @@ class CondUNet(lesson3.TimeUNet):
         return kind(in_channels, out_channels, self.groups, 4 * self.widths[0])
 
     def embed(self, time, label):
-        """What every block gets, `(n, 4 * widths[0])`. label: int64 `(n,)`, or None for "no label" on every image."""
+        """The embedding that every block gets, `(n, 4 * widths[0])`. label: int64 `(n,)`, or None for "no label" on
+        every image."""
         if label is None:
             label = torch.full((len(time),), self.n_classes, device=time.device)
         return self.embed_time(time) + self.embed_label(label)
@@ -173,8 +177,8 @@ def make_network(preset, n_classes, network_class=CondUNet):
 
 @functools.cache
 def load_demo_model():
-    """The denoiser that the sections ask, and its settings: the one you trained, if there is one, else the shipped one.
-    `$LESSON_RUN` may name the folder of another run."""
+    """The denoiser that the sections use, and its settings: yours if you have trained one, otherwise the shipped one.
+    `$LESSON_RUN` can name the folder of another run."""
     path = Path(os.environ.get("LESSON_RUN", tools.RUNS / "04_unet_cond")) / "checkpoint.pt"
     return lesson3.load_denoiser(path if path.exists() else PRETRAINED, make_network, tools.choose_device("auto"))
 
@@ -196,7 +200,8 @@ def show_labels():
     images = generate(functools.partial(denoiser, label=label), noise_ids)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
     by_label, by_noise = lesson3.pixel_std(table.transpose(0, 1)), lesson3.pixel_std(table)
-    title = f"The label changes a pixel by {by_label:.2f}, the noise by {by_noise:.2f} ({settings.data})"
+    said = f"(a pixel's deviation: {by_label:.2f} across labels, {by_noise:.2f} across noises; {settings.data})"
+    title = f"Same noise in each row, another label in each column\n{said}"
     titles = [name.replace(" ", "\n").replace("/", "/\n") for name in settings.classes]
     return tools.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
 
@@ -216,13 +221,13 @@ GUIDED_BELOW = 3  # sigma
 
 
 def choose_guidance(images_seen):
-    """The guidance, w above, that suits a network after so many images of training."""
+    """The guidance w for a network trained on that many images."""
     return GUIDANCE if images_seen < 600_000 else GUIDANCE_LONG
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
-    """denoise(x, sigma) for `sample`, in one batched call. label: int64 `(n,)`. guidance: w; 0 is the model with the
-    label as it is, -1 the one without. below: for a sigma above this w is 0."""
+    """denoise(x, sigma) for `sample`, in one batched call. label: int64 `(n,)`. guidance: w; 0 is the prediction with
+    the label, -1 the one without. below: w is 0 at any sigma above this (the guidance interval)."""
     both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
 
     def denoise(x, sigma):
@@ -245,7 +250,7 @@ def show_line():
     away = [f"{(point - points[1]).square().mean().sqrt():.2f}" for point in points]
     print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from what the label says by itself")
     images = lesson3.crop(torch.cat(points), settings.size).cpu()
-    title = f"One step at sigma 3: from no label to the label, and on along the same line ({settings.data})"
+    title = f"Guidance extends the line from no label to label\n(one step at sigma 3; {settings.data})"
     return tools.plot_grid(title, images, n, weights)
 
 
@@ -273,9 +278,9 @@ def show_guidance():
 
 
 # %% 6. From one class to another
-# A label's embedding is a vector, and between two of them there are others, which no class has. What does the network
-# make of "three quarters a pullover, one quarter a trouser"? If the change were even, each of eight steps would cover
-# an eighth; the largest covers two to four. There, one class becomes the other.
+# A label's embedding is a vector, and between two of them lie vectors that belong to no class. What does the network
+# draw for "three quarters pullover, one quarter trouser"? If the change were even, each of eight steps would cover an
+# eighth of the way; the largest covers two to four eighths. There, one class becomes the other.
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
     blended = copy.deepcopy(denoiser)
@@ -297,12 +302,13 @@ def show_blend():
         jumps = rows[-1].diff(dim=0).flatten(1).norm(dim=1)
         largest.append(float(jumps.max() / jumps.sum()))
     shares = f"{min(largest):.0%} to {max(largest):.0%}"
-    title = f"From class to class, the largest of {steps - 1} steps makes {shares} of the way ({settings.data})"
+    said = f"(the largest of {steps - 1} steps covers {shares} of the way; {settings.data})"
+    title = f"From class to class, the change is uneven\n{said}"
     return tools.plot_grid(title, torch.cat(rows), steps, names, [f"{i / (steps - 1):.0%}" for i in range(steps)])
 
 
 # %% 7. Where a pixel looks
-# 02 opened attention with pixels that looked for what is like them. What has this network learned to look for?
+# In section 2 of 02, each pixel attended to those that look like it. What has this network learned to look for?
 # Some heads look nearby, others far away, and where they look changes with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
@@ -332,14 +338,14 @@ def show_look():
             far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()  # over two places away
             tools.plot_image(axis, look, f"{far:.0%} far away", cmap="gray_r", vmin=0)
             axis.plot(place, y, "s", color="tab:orange", markerfacecolor="none")
-    figure.suptitle(f"Where three heads look; of even weights, {even:.0%} would be far away ({settings.data})")
+    figure.suptitle(f"Where three heads look\n(even weights: {even:.0%} far away; {settings.data})")
     return figure
 
 
 # %% The command
 def find_classes(text, classes):
-    """The numbers of the classes to sample, from a name or number, or of all for None. Raises UserError if there is no
-    such class."""
+    """The indices of the classes to sample: the one with that name or number, or all if text is None. Raises UserError
+    if there is no such class."""
     names = [name.lower() for name in classes]
     if text is None:
         return list(range(len(classes)))
@@ -361,7 +367,7 @@ def parse_options():
     parser.set_defaults(n=10, steps=lesson3.STEPS)
     options = tools.parse_run_options(parser)
     if options.pretrained and options.out == Path(parser.get_default("out")):
-        options.out = tools.writable_folder(tools.RUNS / "pretrained")  # nobody's own samples are overwritten
+        options.out = tools.writable_folder(tools.RUNS / "pretrained")  # never overwrite the user's own samples
     return options
 
 
@@ -377,14 +383,9 @@ def main():
     denoiser, settings = lesson3.train_or_load(options, path, make_network, drop_labels)
     wanted = find_classes(options.class_name, settings.classes)
     guidance = choose_guidance(settings.images_seen) if options.guidance is None else options.guidance
-
-    def generate(noise_ids):
-        label = torch.tensor([label for _, label, _ in noise_ids], device=denoiser.device)
-        noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
-        return lesson3.sample(guide(denoiser, label, guidance), noise, lesson3.noise_levels(options.steps))
-
+    make_denoise = functools.partial(guide, denoiser, guidance=guidance)
     noise_ids = [(options.seed, label, index) for label in wanted for index in range(options.n)]
-    samples = lesson3.sample_images(generate, noise_ids, settings.size)
+    samples = lesson3.sample_images(make_denoise, noise_ids, settings, options.steps, denoiser.device)
     title = f"{settings.title}, {options.steps} steps, guidance {guidance:g}"
     if options.class_name is None:
         lesson3.save_samples(options.out, title, samples, settings.classes, options.n)

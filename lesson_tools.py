@@ -41,7 +41,7 @@ class UserError(Exception):
 def is_cell(function):
     """Whether a function was defined in a cell, at a prompt or in a notebook. There, Python sets `sys.ps1`.
 
-    IPython's `%run script.py` is no cell, although `sys.ps1` is set: the code's file is the command, `sys.argv[0]`.
+    IPython's `%run script.py` doesn't count, although `sys.ps1` is set: there, the code's file is `sys.argv[0]`.
     """
     return hasattr(sys, "ps1") and Path(function.__code__.co_filename).resolve() != Path(sys.argv[0]).resolve()
 
@@ -59,7 +59,7 @@ def run_sections(script, out):
     script: its `globals()`."""
     out.mkdir(parents=True, exist_ok=True)
     lines = Path(script["__file__"]).read_text(encoding="utf-8").splitlines()
-    for name, show in script.items():
+    for name, show in list(script.items()):
         if name.startswith("show_"):
             above = reversed(lines[: show.__code__.co_firstlineno])
             title = next(line for line in above if line.startswith("# %%")).removeprefix("# %% ")
@@ -70,26 +70,24 @@ def run_sections(script, out):
 
 
 def run_command(main):
-    """Run a script's `main`, except in a cell. What the user can fix becomes one line, and exit status 2."""
+    """Run a script's `main`, except in a cell. An error the user can fix becomes one line, and exit status 2."""
     if is_cell(main):
         return
     try:
         main()
+        return
     except (UserError, data.DataError, OSError) as error:
-        fail(error, 2)
+        message, status = error, 2
     except KeyboardInterrupt:
-        fail("interrupted", 130)
-
-
-def fail(message, status):
+        message, status = "interrupted", 130
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
 # %% Figures
 def plot_lines(axes, x, lines, **labels):
-    """Up to three named curves over x that differ without colour too; a few points get markers and ticks.
-    labels: whatever `axes.set` takes."""
+    """Plot up to three named curves over x, distinguishable without colour; if x has few points, they get markers and
+    ticks. labels: whatever `axes.set` takes."""
     for (name, y), color, line in zip(lines.items(), ("black", "tab:orange", "0.5"), ("-", "--", "-."), strict=False):
         axes.plot(x, y, line, color=color, marker="o" if len(x) < 25 else None, label=name)
     axes.set(**labels)
@@ -174,7 +172,7 @@ def save_picture(figure, path):
 
 
 def writable_folder(text):
-    """For argparse: a folder to write to, created if need be. Better to know now than after the training."""
+    """For argparse: a folder to write to, created if necessary. Better to find out now than after the training."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=text).close()
@@ -188,7 +186,7 @@ load_data = functools.cache(data.load)
 
 
 def load_images(split, n):
-    """The first n images of Fashion-MNIST, or of what stands in for it, and the data set's name.
+    """The first n images of Fashion-MNIST, or of the data used instead, and the data set's name.
 
     split: "train" or "test". The images are float32 `(n, 1, 28, 28)` in [-1, 1].
     """
@@ -215,7 +213,7 @@ PROCESSES, RANK = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if LA
 
 
 def choose_device(name):
-    """The torch.device for --device; "auto" is a GPU from NVIDIA if there is one, else the CPU. Raises UserError if
+    """The torch.device for --device; "auto" is an NVIDIA GPU if there is one, otherwise the CPU. Raises UserError if
     there is no such device."""
     mps = torch.backends.mps.is_available() and PROCESSES == 1  # DistributedDataParallel can't use it
     there = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": mps}
@@ -228,7 +226,7 @@ def choose_device(name):
 def choose_precision(device):
     """bfloat16 if the processor has instructions for it (if not, it is emulated, and slow), otherwise None.
 
-    PyTorch before 2.11 can't say what a CPU has; there, it is None.
+    PyTorch before 2.11 can't tell what a CPU has; with it, the answer is None.
     """
     instructions = getattr(torch.cpu, "get_capabilities", dict)()
     fast = device.type == "cpu" and (instructions.get("amx_bf16") or instructions.get("avx512_bf16"))
@@ -245,17 +243,17 @@ def join_processes(device, found):
     if device.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()  # of this machine
         if local >= gpus:
-            raise UserError(f"more processes than GPUs, of which there are {gpus} here")
+            raise UserError(f"more processes than GPUs ({gpus} here): lower --nproc-per-node")
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     all_found = [None] * PROCESSES
     dist.all_gather_object(all_found, found)
     if all_found.count(found) < PROCESSES:
-        raise UserError("the processes found different data or checkpoints: see --data, --data-dir and --out")
+        raise UserError("the processes found different data or checkpoints: give all the same data and --out folder")
 
 
 def distribute(network):
-    """The same network; if there are other processes, its gradients become the mean of all of theirs."""
+    """The same network; if there are other processes, its gradients are averaged over all of them."""
     return DistributedDataParallel(network) if PROCESSES > 1 else network
 
 
@@ -283,20 +281,20 @@ def load_checkpoint(path, kind, **asked):
     """The checkpoint's content, a dictionary, or None if there is no such file.
 
     kind: the NamedTuple of its "settings", which must agree with `asked`. Raises UserError if they don't, or if the
-    file is damaged, or something else.
+    file is damaged or not a checkpoint.
     """
     if not path.exists():
         return None
+    file = io.BytesIO(path.read_bytes())
     try:
-        file = io.BytesIO(path.read_bytes())
-        with zipfile.ZipFile(file) as archive:  # torch.load checks no sums, and reads zeros if a flag says "folder"
+        with zipfile.ZipFile(file) as archive:  # torch.load verifies no checksums, and reads "folders" as zeros
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("a checksum is wrong")
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
         content |= {"settings": kind(**content["settings"]), "step": content["step"]}
-    except Exception as error:  # of many kinds: whatever reading strange bytes can lead to
-        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart trains anew") from error
+    except Exception as error:  # of any kind: arbitrary bytes can fail anywhere
+        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; use --restart to start over") from error
     check_same(path, content["settings"], **asked)
     return content
 
@@ -306,7 +304,7 @@ def check_same(path, settings, **asked):
     there = settings._asdict()
     differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
     if differing:
-        raise UserError(f"{path}: another run's ({', '.join(differing)}); use --restart, or another --out DIR")
+        raise UserError(f"{path} is another run's ({', '.join(differing)}); use --restart, or another --out DIR")
 
 
 def restore(path, checkpoint, state):
@@ -315,7 +313,7 @@ def restore(path, checkpoint, state):
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: of another version of this lesson; --restart trains anew") from error
+        raise UserError(f"{path}: from another version of this lesson; use --restart to start over") from error
 
 
 # %% A resumable run
@@ -328,12 +326,12 @@ def stop_signals():
     stops = []
 
     def request_stop(number, frame):
-        if not stops:  # print() can't be called here, as the signal may have come in the middle of another one
-            os.write(2, b"\nstopping after this step, and saving; Ctrl-C once more stops at once\n")
+        if not stops:  # print() isn't safe here: the signal may have interrupted another print()
+            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to stop at once\n")
         stops.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several would not stop at the same step
+    kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several would stop at different steps
     handlers = {kind: signal.signal(kind, request_stop) for kind in kinds}
     try:
         yield stops
@@ -343,10 +341,10 @@ def stop_signals():
 
 
 def run_resumable(loop, state, settings, path, checkpoint=None):
-    """Run a training loop, or resume it from a checkpoint, so that it can be watched, interrupted and killed.
+    """Run a training loop with a progress bar and checkpoints, or resume it after an interruption or a crash.
 
     loop:       loop(first) is a generator. It does steps first, first + 1, ..., and after each one yields (step, loss)
-                and any other numbers that must stay finite, all as tensors.
+                and any other numbers that must stay finite; all but step are tensors.
     state:      everything the loop changes, by name: objects with `state_dict` and `load_state_dict`.
     settings:   a NamedTuple with at least `steps`, `batch_size` and `title`; the checkpoint keeps all of it.
     path:       of the checkpoint, written every two minutes, at the end, and on Ctrl-C or SIGTERM; `loss.png` is drawn
@@ -371,13 +369,15 @@ def run_resumable(loop, state, settings, path, checkpoint=None):
             recent.append(torch.stack(numbers))
             done, now = step + 1, time.monotonic()
             bar.update(settings.batch_size)
-            due = bool(stops) or done == settings.steps or now > saved + SAVE_EVERY
-            if due or now > shown + 1:  # seldom, because reading a number waits for the GPU
+            last = bool(stops) or done == settings.steps  # a signal from now on waits for the next step
+            due = last or now > saved + SAVE_EVERY
+            if due or now > shown + 1:  # rarely, because reading a number waits for the GPU
                 values, shown = torch.stack(recent).cpu(), now
                 if not values.isfinite().all():
-                    tip = "try --restart with another --batch-size or --seed (the last checkpoint is from before)"
-                    raise UserError(f"the loss is not finite any more at step {done:,}: {tip}")
-                losses[done - len(recent) : done], recent = values[:, 0], []
+                    tip = "try --restart with another --batch-size or --seed (the last checkpoint is still good)"
+                    raise UserError(f"the loss is no longer finite at step {done:,}: {tip}")
+                losses[done - len(recent) : done] = values[:, 0]
+                recent = []
                 bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean():.3f}", refresh=False)
             if due and RANK == 0:
                 content = {"settings": settings._asdict(), "step": done, "losses": losses}
@@ -385,11 +385,11 @@ def run_resumable(loop, state, settings, path, checkpoint=None):
                 try:
                     save_checkpoint(path, content)
                 except OSError as error:
-                    if stops or done == settings.steps:
+                    if last:
                         raise
-                    tqdm.write(f"{error}; the next try is in two minutes")
+                    tqdm.write(f"{error}; trying again in two minutes")
                 saved = time.monotonic()
-            if stops and due:  # a signal that came after `due` was decided waits for the next step, which is saved
+            if last:
                 break
     print(f"wrote {path}")
     if done == settings.steps and RANK == 0:
@@ -410,7 +410,8 @@ def number(kind, low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a number from {low:g} to {high:g}, got {text!r}")
+            allowed = f"whole number from {low:,} to {high:,}" if kind is int else f"number from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"must be a {allowed}, got {text!r}")
         return value
 
     return parse
@@ -427,34 +428,41 @@ def make_parser(script, description):
 
 
 def make_run_parser(script, description, presets):
-    """The options of a script that trains, and the group of those that exclude each other. The lesson sets the defaults
-    of --n and --steps."""
+    """The parser of a script that trains, and its group of mutually exclusive options. The lesson sets the defaults of
+    --n and --steps."""
     parser = make_parser(script, description)
     add, count = parser.add_argument, number(int, 1, 10**6)
     add("--data", choices=data.NAMES, default="auto", help="auto: synthetic garments if Fashion-MNIST is unavailable")
     add("--data-dir", metavar="DIR", help="IDX files, or a folder of images per class (default: $FASHION_MNIST_DIR)")
     add("--preset", choices=presets, help="network and training settings (default: small)")
-    add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="may be a fraction (default: by the preset)")
+    add(
+        "--epochs",
+        metavar="E",
+        type=number(float, 1e-9, 1e5),
+        help="passes over the data, or a fraction (default: by the preset)",
+    )
     add("--batch-size", metavar="B", type=count, help="images per training step (default: the preset's)")
-    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="of all random numbers (default: 0)")
+    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="seed of all random numbers (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
     add("--show", action="store_true", help="run the sections instead; pictures go to lesson/ in the --out folder")
-    add("--n", metavar="N", type=count, help="images to sample; per class, if there are any (default: %(default)s)")
+    add("--n", metavar="N", type=count, help="images to sample; with classes, per class (default: %(default)s)")
     add("--steps", metavar="S", type=count, help="sampling steps (default: %(default)s)")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--restart", action="store_true", help="train anew, even if there is a checkpoint")
+    group.add_argument("--restart", action="store_true", help="train from scratch, even if there is a checkpoint")
     group.add_argument("--sample-only", action="store_true", help="sample from the checkpoint; needs no data")
     return parser, group
 
 
 def parse_run_options(parser):
-    """Parse the command line of such a script. Of several processes, the first one alone shows, samples and prints."""
+    """Parse the command line of such a script. With several processes, only the first one shows, samples and prints."""
     options = parser.parse_args()
     if options.show and (options.data, options.device) != ("auto", "auto"):
-        parser.error("--show takes neither --data nor --device (use --data-dir for images of your own)")
+        parser.error("--show takes neither --data nor --device (use --data-dir for your own images)")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir
     options.sample_only |= getattr(options, "pretrained", False)
+    if options.sample_only and options.epochs:
+        parser.error("--epochs is for training: leave it out when only sampling")
     if RANK:
         sys.stdout = io.StringIO()
         if options.show or options.sample_only:

@@ -71,13 +71,10 @@ def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None):
     n_classes = 1 if guidance is None else len(settings.classes)
     noise_ids = [(0, i % n_classes, i // n_classes) for i in range(n)]
 
-    def generate(noise_ids):
-        label = torch.tensor([label for _, label, _ in noise_ids], device=denoiser.device)
-        denoise = denoiser if guidance is None else lesson4.guide(denoiser, label, guidance)
-        noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
-        return lesson3.sample(denoise, noise, lesson3.noise_levels(steps))
+    def make_denoise(label):
+        return denoiser if guidance is None else lesson4.guide(denoiser, label, guidance)
 
-    images, _ = lesson3.sample_images(generate, noise_ids, settings.size)
+    images, _ = lesson3.sample_images(make_denoise, noise_ids, settings, steps, denoiser.device)
     return images, None if guidance is None else torch.arange(n) % n_classes
 
 

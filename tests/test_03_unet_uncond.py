@@ -150,6 +150,12 @@ def test_batches_are_a_function_of_seed_and_step(lesson3):
         assert (values.mean().item(), values.std().item()) == pytest.approx((mean, std), abs=0.05)
 
 
+def test_images_must_be_bytes(lesson3):
+    batches = lesson3.draw_batches(torch.rand(2, 1, 8, 8), torch.zeros(2), 2, 0, range(1))
+    with pytest.raises(ValueError, match=r"must be uint8, from 0 to 255, got torch\.float32"):
+        next(batches)
+
+
 def make_parts(lesson3):
     """A denoiser, its average, and its optimizers."""
     torch.manual_seed(0)
@@ -228,6 +234,7 @@ def test_each_parameter_has_one_optimizer(lesson3):
 
 
 def test_learning_rate_rises_then_falls_to_zero(lesson3):
+    assert lesson3.schedule(8, 7) == lesson3.schedule(100, 7) == 0
     for steps in (1, 2, 7, 1000):
         rates = [lesson3.schedule(step, steps) for step in range(steps)]
         top = int(np.argmax(rates))
@@ -266,7 +273,7 @@ def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkey
     content = {"settings": settings._asdict(), "step": 11, "ema": ema.state_dict()}
     tools.save_checkpoint(path, content)
     denoiser, found = load(steps=12, seed=0)
-    assert found == settings and found.images_seen == 96
+    assert found == settings._replace(steps=11) and found.images_seen == 88  # it was interrupted before the last step
     torch.testing.assert_close(denoiser.state_dict(), ema.state_dict(), rtol=0, atol=0)
     assert not denoiser.training and not any(parameter.requires_grad for parameter in denoiser.parameters())
     for change, asked, complaint in (
@@ -278,21 +285,22 @@ def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkey
         with pytest.raises(tools.UserError, match=complaint):
             load(**asked)
     tools.save_checkpoint(path, content | {"ema": lesson3.Denoiser(nn.Linear(1, 1), 0.5).state_dict()})
-    with pytest.raises(tools.UserError, match="of another version"):
+    with pytest.raises(tools.UserError, match="from another version"):
         load()
 
 
 # Pictures
 def test_samples_are_the_last_state_and_the_strip_has_all(lesson3):
     settings, sigmas = lesson3.RunSettings(*SETTINGS), lesson3.noise_levels(3)
+    noise_ids, labels = [(0, index % 2, index) for index in range(5)], []
 
-    def generate(noise_ids):
-        noise = lesson3.draw_noise(settings, noise_ids, torch.device("cpu"))
-        return lesson3.sample(lambda x, sigma: torch.full_like(x, 0.25), noise, sigmas)
+    def make_denoise(label):
+        labels.append(label.tolist())
+        return lambda x, sigma: label.view(-1, 1, 1, 1) / 4 + torch.zeros_like(x)
 
-    images, strip = lesson3.sample_images(generate, [(0, 0, index) for index in range(5)], (8, 8))
-    assert images.shape == (5, 1, 8, 8)
-    assert (images == 0.25).all()
+    images, strip = lesson3.sample_images(make_denoise, noise_ids, settings, 3, torch.device("cpu"))
+    assert images.shape == (5, 1, 8, 8) and labels == [[0, 1, 0, 1, 0]]
+    assert (images == torch.tensor([0, 0.25, 0, 0.25, 0]).view(-1, 1, 1, 1)).all()
     assert [sigma for sigma, *_ in strip] == sigmas
     assert all(part.shape == (4, 1, 8, 8) for _, *state in strip for part in state)
 

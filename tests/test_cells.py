@@ -65,7 +65,7 @@ def run_magic(*arguments):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Of a process that runs this file: in an empty folder, without data, without a network that somebody trained."""
+    """Arguments for a process that runs this file in an empty folder, without data or a trained network."""
     folder = tmp_path_factory.mktemp("cells")
     variables = {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(folder), "OMP_NUM_THREADS": "1", "LESSON_RUN": str(folder)}
     kept = {name: value for name, value in os.environ.items() if name != "FASHION_MNIST_DIR"}
@@ -74,7 +74,7 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cells(environment):
-    """Of each script, what `run_cells` yields."""
+    """The output of `run_cells` for each script."""
     processes = [subprocess.Popen([sys.executable, __file__, script], **environment) for script in SHORTER]
     cells = {}
     for script, process in zip(SHORTER, processes, strict=True):

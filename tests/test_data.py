@@ -221,7 +221,7 @@ def test_a_host_that_misbehaves_is_given_up(host, tmp_path, monkeypatch, answer,
                     self.request.sendall(again)
                     time.sleep(pause)
 
-    patience = 0.3 if complaint == "too slow" else 60  # what must come has its time, however busy the machine is
+    patience = 0.3 if complaint == "too slow" else 60  # a good answer gets enough time, however busy the machine is
     fetch = fashion_mnist.fetch
 
     def fetch_patiently(url):

@@ -68,7 +68,7 @@ def test_a_trained_network_is_exported_by_one_command(lesson4, tmp_path):
     ("changes", "arguments", "message"),
     [
         ({}, ["nothing.pt", "export"], "nothing.pt: no checkpoint there"),
-        ({}, [".", "export"], "damaged, or not a checkpoint"),
+        ({}, [__file__, "export"], "damaged, or not a checkpoint"),
         ({"settings": {"colour": 1}}, ["checkpoint.pt", "export"], "damaged, or not a checkpoint"),
         ({"settings": {"network": "UntimedUNet"}}, ["checkpoint.pt", "export"], "network without time"),
         ({"settings": {"preset": "huge"}}, ["checkpoint.pt", "export"], "not a network of these"),

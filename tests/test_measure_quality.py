@@ -85,7 +85,12 @@ def tiny(sets, lesson3, redraw, monkeypatch, tmp_path):
         settings = lesson3.RunSettings(name, "small", steps, 4, 0, data, 40, classes, (28, 28), 0.7)
         make_network, _ = measure_quality.NETWORKS.get(name, measure_quality.NETWORKS["TimeUNet"])
         denoiser = redraw(lesson3.make_denoiser(make_network(preset, len(classes)), settings, CPU))
-        content = {"settings": settings._asdict(), "step": 1, "losses": torch.zeros(1), "ema": denoiser.state_dict()}
+        content = {
+            "settings": settings._asdict(),
+            "step": settings.steps,
+            "losses": torch.zeros(1),
+            "ema": denoiser.state_dict(),
+        }
         tools.save_checkpoint(tmp_path / "checkpoint.pt", content)
         if spoilt:
             (tmp_path / spoilt).parent.mkdir(exist_ok=True)
@@ -264,8 +269,8 @@ def test_the_ladder_keeps_what_is_trained(tiny, command, lesson4, monkeypatch, t
         ({"relabelled": "train"}, "checkpoint.pt --n 20", "the judges know Fashion-MNIST's own files"),
         ({"relabelled": "test"}, "checkpoint.pt --n 20", "the judges know Fashion-MNIST's own files"),
         ({"name": "TimeUNet"}, "checkpoint.pt --n 20 --guidance 1", "--guidance: TimeUNet in"),
-        ({}, "checkpoint.pt --n 5", "error: argument --n: must be a number from 20 to 60000, got '5'"),
-        ({}, "checkpoint.pt --steps 0", "error: argument --steps: must be a number from 1"),
+        ({}, "checkpoint.pt --n 5", "error: argument --n: must be a whole number from 20 to 60,000, got '5'"),
+        ({}, "checkpoint.pt --steps 0", "error: argument --steps: must be a whole number from 1"),
         ({"spoilt": "judge/plain.pt"}, "checkpoint.pt --n 20", "plain.pt: damaged, or of another version"),
         ({"spoilt": "judge"}, "checkpoint.pt --n 20", "residual.pt: can't be written"),
     ],
