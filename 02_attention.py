@@ -1,7 +1,7 @@
 """Lesson 2: pixels look at each other.
 
-A convolution sees a neighbourhood. Attention makes each pixel a weighted average of all pixels, with weights that
-depend on what the pixels hold (Vaswani et al. 2017; lecture section "self-attention").
+A convolution sees a neighbourhood. Attention gives each pixel a weighted average of all pixels, with weights that
+depend on what the pixels contain (Vaswani et al. 2017; lecture section "self-attention").
 
     python 02_attention.py [--out DIR]
 """
@@ -19,18 +19,47 @@ from torch import nn
 import lesson_tools as tools
 
 
-# %% 1. A weighted average
-# Attention works on a sequence of tokens, rows of numbers. Each token has a query (what it looks for), a key (what it
-# offers to be found by) and a value (what it has to say). How well a query fits a key is their dot product, the score.
-# Softmax turns the scores of one query into weights, and with these the token averages the values of all tokens: it
-# *attends to* them.
+# %% 1. Why: the rabbit's ear
+# One ear of a rabbit is brown. How does the other ear, on the far side of the image, get the same brown? A convolution
+# of 3×3 pixels carries it one pixel per layer. The gradient shows what an output pixel depends on (here, one inside a
+# garment). It is exactly zero for every input pixel outside the output pixel's receptive field.
 #
-# Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; s tokens, each d wide;
-# (h w) is one axis. `.mT` swaps the last two.
+# Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; (h w) is one axis.
+def input_gradient(layer, x, row, column):
+    """How much one pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the gradient's size, `(h, w)`."""
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(layer(x)[:, :, row, column].sum(), x)
+    return gradient.abs().sum(dim=(0, 1))
+
+
+@tools.section
+def show_reach():
+    torch.manual_seed(0)
+    images, _, name = tools.load_one_of_each()
+    x = nn.Conv2d(1, 16, 1)(images[-1:])  # n c h w
+    convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(14)]
+    pictures, titles = [images[-1]], ["the image"]
+    for n in (1, 2, 6, 14):
+        gradient = input_gradient(nn.Sequential(*convolutions[:n]), x, 12, 10)
+        seen = gradient.count_nonzero().item()
+        print(f"   {n} convolutions: the output pixel depends on {seen} of {gradient.numel()} pixels")
+        pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
+        titles.append(f"{n} × 3×3\n{seen} pixels")
+    title = f"Convolutions see one pixel farther per layer\n(gradient of one output pixel, log scale; {name})"
+    return tools.plot_grid(title, torch.stack(pictures), 5, titles=titles)
+
+
+# %% 2. Attention: the original value plus a weighted average
+# Attention works on a sequence of tokens, which are vectors. Each token has three more vectors: a query (what it looks
+# for), a key (what it offers) and a value (what it hands over). How well a query fits a key is their dot product, the
+# score. Softmax turns the scores of one query into weights, and the token gets the average of all values with these
+# weights. It adds that to itself: "the original value plus a weighted average", as the lecture puts it.
+#
+#     softmax(Q Kᵀ / √d) V        s tokens, each d wide; `.mT` swaps the last two axes
 def attention_weights(q, k):
     """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i attends to every token, and
     sums to 1 (Vaswani et al. 2017, section 3.2.1)."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 5 says why they are divided
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 6 says why they are divided
     return scores.softmax(dim=-1)
 
 
@@ -39,8 +68,41 @@ def attention(q, k, v):
     return attention_weights(q, k) @ v
 
 
-# Weights that are not negative and sum to one keep every average between the smallest and the largest value of its
-# channel. So however many layers follow each other, it is not the averaging that makes activations run away.
+# Three tokens, which say how much ear, grass, brown and green they hold. Both ears have a key that says "ear", but only
+# the left one has a colour. So the right ear asks for an ear with a colour, and gets most of its average from there.
+# (The projections are made up, from ones and zeros. In a layer they are learned.)
+TOKENS, FEATURES = ("left ear", "right ear", "grass"), ("ear", "grass", "brown", "green")
+X = torch.tensor([[2.0, 0, 2, 0], [2, 0, 0, 0], [0, 2, 0, 2]])  # s d
+TO_Q = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 0, -1, 0], [0, 0, -1, 0]])  # the third: is a colour missing?
+TO_K = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]])  # the third: is there a colour?
+TO_V = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])  # the colour
+
+
+@tools.section
+def show_tokens():
+    q, k, v = X @ TO_Q, X @ TO_K, X @ TO_V
+    scores, weights, averages = q @ k.T / 2, attention_weights(q, k), attention(q, k, v)
+    steps = {"x": X, "Q": q, "K": k, "V": v, "Q Kᵀ / √4": scores, "softmax": weights, "averages": averages}
+    for name, matrix in (steps | {"x + averages": X + averages}).items():
+        print(f"   {name:12}", " | ".join(" ".join(f"{value:.3f}" for value in row) for row in matrix.tolist()))
+    figure, (above, below) = plt.subplots(2, 4, figsize=(12, 5.4))
+    asked = ("ear", "grass", "colour", "")
+    tools.plot_matrix(above[0], X, "tokens x", TOKENS, FEATURES)
+    tools.plot_matrix(above[1], q, "queries Q: what they look for", columns=asked, cmap="Purples")
+    tools.plot_matrix(above[2], k, "keys K: what they offer", columns=asked, cmap="Oranges")
+    tools.plot_matrix(above[3], v, "values V: what they hand over", columns=FEATURES, cmap="Blues")
+    tools.plot_matrix(below[0], scores, "scores Q Kᵀ / √d, d = 4", TOKENS, TOKENS, cmap="Purples")
+    tools.plot_matrix(below[1], weights, "weights softmax(Q Kᵀ / √d)", columns=TOKENS, cmap="Oranges", digits=3)
+    tools.plot_matrix(below[2], averages, "averages: weights · V", columns=FEATURES, cmap="Blues", digits=2)
+    tools.plot_matrix(below[3], X + averages, "x + averages", columns=FEATURES, digits=2)
+    figure.suptitle("Attention gives the right ear the left ear's colour", fontsize=15)
+    return figure
+
+
+# %% 3. Why softmax
+# The scores themselves could be the weights. But softmax's weights are positive and sum to one, which keeps every
+# average between the smallest and the largest value of its channel. So however many layers follow each other, it is not
+# the averaging that makes activations run away.
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -48,27 +110,24 @@ def show_average():
     weights, averages = attention_weights(q, k), attention(q, k, v)  # s s; s d
     sums = (q @ k.mT / math.sqrt(16)) @ v  # s d
     print(f"   q, k, v {tuple(q.shape)} -> weights {tuple(weights.shape)} -> averages {tuple(averages.shape)}")
-    print(f"   a row sums to one but for {(weights.sum(dim=-1) - 1).abs().max():.0e}; least weight {weights.min():.0e}")
-    print("   of channel 0, values, averages, and sums with the scores themselves as weights:")
-    for part in (v, averages, sums):
-        print(f"      from {part[:, 0].min():.1f} to {part[:, 0].max():.1f}")
+    print(f"   rows sum to one, up to {(weights.sum(dim=-1) - 1).abs().max():.0e}; least weight {weights.min():.0e}")
+    for name, part in {"values": v, "averages": averages, "sums with the scores as weights": sums}.items():
+        print(f"   channel 0 of the {name}: from {part[:, 0].min():.1f} to {part[:, 0].max():.1f}")
 
 
-# %% 2. An image is a sequence of pixels
+# %% 4. An image is a sequence of pixels
 # The lecture flattens an image: each pixel is a token, row after row.
-def to_tokens(x):
-    """Activations `(n, c, h, w)` as one token for each pixel, `(n, h w, c)`."""
-    return x.flatten(2).transpose(1, 2)  # n c h w -> n c (h w) -> n (h w) c
-
-
-def to_image(tokens, height):
-    """Back again: `(n, h w, c)` to `(n, c, h, w)`."""
-    return tokens.transpose(1, 2).unflatten(2, (height, tokens.shape[1] // height))
+def pixel_attention(x):
+    """Attention between the pixels of `(n, c, h, w)`, with the pixels themselves as queries, keys and values."""
+    tokens = x.flatten(2).mT  # n c h w -> n c (h w) -> n (h w) c
+    averages = attention(tokens, tokens, tokens)  # n (h w) c
+    return averages.mT.unflatten(2, x.shape[2:])  # n c h w
 
 
 # Nothing needs to be learned for a first look. Let the token of a pixel be the 5×5 patch around it, and query = key =
 # token: those score highest that look alike, wherever they are (compare non-local means, Buades et al. 2005). The
-# patches are normalised first, or the one with the largest numbers would score highest.
+# patches are normalised first, or the one with the largest numbers would score highest. A flat patch becomes zero: all
+# its scores are equal, and it attends to everything evenly.
 def patch_tokens(images):
     """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, 25)`. Outside is background."""
     patches = F.unfold(F.pad(images, [2] * 4, value=-1), 5).mT  # n (h w) 25
@@ -78,7 +137,11 @@ def patch_tokens(images):
 @tools.section
 def show_one_pixel():
     images, classes, name = tools.load_one_of_each()
-    row, columns = 18, torch.arange(28)
+    x, row, columns = nn.Conv2d(1, 16, 1)(images[-1:]), 18, torch.arange(28)
+    seen = input_gradient(pixel_attention, x, 12, 10).count_nonzero().item()
+    print(f"   one layer of attention: an output pixel depends on {seen} of 784 pixels")
+    flat = (patch_tokens(images).abs().amax(dim=-1) < 1e-3).float().mean()
+    print(f"   {flat:.0%} of all patches are flat")
     figure, axes = plt.subplots(2, 4, figsize=(8, 4.7))
     for i, (above, below) in zip((1, 4, 6, 7), axes.T, strict=True):
         label = i % len(classes)  # other data may have fewer
@@ -96,49 +159,15 @@ def show_one_pixel():
     return figure
 
 
-# %% 3. Why at all: the rabbit's ear
-# One ear of a rabbit has its colour: how does the other ear, on the far side of the image, get the same? Convolutions
-# of 3×3 pixels carry it one pixel per layer. The gradient shows what an output pixel depends on (here, one inside a
-# garment). It is exactly zero for every input pixel outside the output pixel's receptive field.
-def input_gradient(layer, x, row, column):
-    """How much one pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the gradient's size, `(h, w)`."""
-    x = x.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(x)[:, :, row, column].sum(), x)
-    return gradient.abs().sum(dim=(0, 1))
-
-
-def pixel_attention(x):
-    """Attention between the pixels of `(n, c, h, w)`, with the pixels themselves as queries, keys and values."""
-    tokens = to_tokens(x)  # n (h w) c
-    return to_image(attention(tokens, tokens, tokens), x.shape[2])
-
-
-@tools.section
-def show_reach():
-    torch.manual_seed(0)
-    images, _, name = tools.load_one_of_each()
-    x = nn.Conv2d(1, 16, 1)(images[-1:])  # n c h w
-    convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(6)]
-    layers = {f"{n} × 3×3": nn.Sequential(*convolutions[:n]) for n in (1, 2, 6)} | {"attention": pixel_attention}
-    pictures, titles = [images[-1]], ["the image"]
-    for kind, layer in layers.items():
-        gradient = input_gradient(layer, x, 12, 10)
-        seen = gradient.count_nonzero().item()
-        print(f"   {kind}: depends on {seen} of {gradient.numel()} pixels")
-        pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
-        titles.append(f"{kind}\n{seen} pixels")
-    title = f"What an output pixel depends on (log scale): neighbours, or everything ({name})"
-    return tools.plot_grid(title, torch.stack(pictures), 5, titles=titles)
-
-
-# %% 4. What flattening loses
-# What is lost is which tokens were neighbours. Attention has no notion of a place, so permuting its input permutes its
-# output and does nothing else. A U-Net can live with that, because the convolutions around the attention have put
-# something of its neighbourhood into each pixel. A transformer (section 12) needs a positional encoding: a vector for
-# each position.
+# %% 5. What flattening loses
+# Attention comes from language, where tokens stand in a row. Flattening an image for it is a hack, as the lecture says,
+# and known not to be the best one can do. What is lost is which tokens were neighbours. Attention is
+# permutation-equivariant: permuting its input permutes its output and does nothing else. A U-Net can live with that,
+# because the convolutions around the attention have put something of its neighbourhood into each pixel. A transformer
+# (section 14) needs a positional encoding: a vector for each position.
 def permute_pixels(x, order):
     """Pixel i of the result is pixel order[i] of x `(n, c, h, w)`, counted row after row."""
-    return to_image(to_tokens(x)[:, order], x.shape[2])
+    return x.flatten(2)[:, :, order].unflatten(2, x.shape[2:])
 
 
 def relative_error(result, expected):
@@ -164,7 +193,7 @@ def show_shuffled_pixels():
     return tools.plot_grid(title, torch.stack(pictures), 3, list(layers), titles)
 
 
-# %% 5. Why the scores are divided by √d
+# %% 6. Why the scores are divided by √d
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, it has
 # variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to one
 # winner. The closer softmax is to one-hot, the smaller its gradient, and the less queries and keys can learn.
@@ -184,9 +213,9 @@ def show_division():
     return tools.plot_curves(title, dims, largest, **labels)
 
 
-# %% 6. A layer
-# A layer is a group norm, so that scores don't grow with x (lesson 3 says why this norm); three learned projections of
-# the same tokens (hence *self*-attention), the queries, keys and values; attention; an output projection; a residual.
+# %% 7. A layer
+# A layer is a group norm, so that scores don't grow with x (03 says why this norm); three learned projections of the
+# same tokens (hence *self*-attention), the queries, keys and values; attention; an output projection; a residual.
 class SelfAttention(nn.Module):
     """Every pixel attends to all pixels, and adds the average to itself. Activations `(n, c, h, w)` in and out (Ho et
     al. 2020, appendix B)."""
@@ -200,13 +229,14 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(channels, channels)
 
     def forward(self, x):
-        tokens = to_tokens(self.norm(x))  # n (h w) c
+        tokens = self.norm(x).flatten(2).mT  # n c h w -> n (h w) c
         attended = attention(self.q(tokens), self.k(tokens), self.v(tokens))  # n (h w) c, by weights n (h w) (h w)
-        return x + to_image(self.proj(attended), x.shape[2])  # n c h w
+        return x + self.proj(attended).mT.unflatten(2, x.shape[2:])  # n c h w
 
 
-# Three projections of the same tokens are one with three times as many outputs: a single large matrix product keeps a
-# computer busier than three small ones. From section 8 on, that is how it is done.
+# Three projections of the same tokens are one with three times as many outputs, whose result is cut into three
+# (`chunk`): a single large matrix product keeps a computer busier than three small ones. From section 10 on, that is
+# how we do it.
 #
 # The lecture looks at the standard deviation after its layer. In a new one, scores are small and weights nearly even,
 # and an average of many values varies much less than they do (what is left is mostly the biases). So the branch adds
@@ -215,7 +245,7 @@ class SelfAttention(nn.Module):
 def show_layer():
     torch.manual_seed(0)
     layer, x = SelfAttention(32, groups=4), torch.randn(2, 32, 16, 16)
-    tokens = to_tokens(layer.norm(x))  # n (h w) c
+    tokens = layer.norm(x).flatten(2).mT  # n (h w) c
     parts = (layer.q, layer.k, layer.v)
     weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
     q, k, v = F.linear(tokens, weight, bias).chunk(3, dim=-1)  # n (h w) (three c) -> n (h w) c, three times
@@ -226,18 +256,48 @@ def show_layer():
     print("   standard deviations: " + ", ".join(f"{name} {step.std():.2f}" for name, step in steps.items()))
 
 
-# %% 7. rearrange
-# view moves no axis at all, permute moves them by number; rearrange moves them by name. So it can be read, and it can
-# check what it is given. Brackets on the left split an axis (give the sizes of its parts, all but one), on the right
-# they join axes; the last name in them runs fastest. Each entry: a shape, rearrange's arguments, the same by hand.
-TOKENS, IMAGES = (2, 64, 32), (2, 32, 8, 8)
+# %% 8. Several heads, by hand
+# One set of weights gives a token one average. Several heads give it several: each head has its own queries, keys and
+# values, d = c / heads wide, projected from *all* channels. The averages are concatenated. The lecture does it with two
+# more lines: it folds the heads into the batch, as if each head were an image, attends, and unfolds them.
+def heads_to_batch(tokens, heads):
+    """`(n, s, c)` to `(n heads, s, c / heads)`."""
+    n, s, c = tokens.shape
+    return tokens.view(n, s, heads, c // heads).transpose(1, 2).reshape(n * heads, s, c // heads)
+
+
+def batch_to_heads(tokens, heads):
+    """The way back: `(n heads, s, d)` to `(n, s, heads d)`."""
+    folded, s, d = tokens.shape
+    return tokens.view(folded // heads, heads, s, d).transpose(1, 2).reshape(folded // heads, s, heads * d)
+
+
+@tools.section
+def show_heads():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 64, 32)  # n s c, each: projections of the tokens
+    folded = attention(*(heads_to_batch(part, 4) for part in (q, k, v)))  # (n heads) s d
+    joined = batch_to_heads(folded, 4)  # n s (heads d)
+    print(f"   q {tuple(q.shape)} -> {tuple(heads_to_batch(q, 4).shape)}; averages {tuple(folded.shape)}", end=" ")
+    print(f"-> {tuple(joined.shape)}")
+    third = slice(16, 24)  # the channels of the third head
+    alone = attention(q[..., third], k[..., third], v[..., third])
+    print(f"   the third head by itself: off by {relative_error(joined[..., third], alone):.0e}")
+
+
+# %% 9. rearrange
+# To read `view(...).transpose(1, 2).reshape(...)` one has to keep count of the axes. `view` moves no axis at all,
+# `transpose` moves them by number; rearrange moves them by name. So it can be read, and it can check its input.
+# Brackets on the left split an axis (give the sizes of its parts, all but one), on the right they join axes; the last
+# name in them runs fastest. Each entry: a shape, rearrange's arguments, the same by hand.
+TOKEN_SHAPE, IMAGE_SHAPE = (2, 64, 32), (2, 32, 8, 8)
 EXAMPLES = [
-    (TOKENS, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
-    (IMAGES, "n c h w -> n (h w) c", {}, lambda x: x.permute(0, 2, 3, 1).reshape(2, 64, 32)),
-    (TOKENS, "n s (heads d) -> n heads s d", {"heads": 4}, lambda x: x.view(2, 64, 4, 8).transpose(1, 2)),
-    (TOKENS, "n (h w) c -> n c h w", {"h": 8}, lambda x: x.transpose(1, 2).reshape(2, 32, 8, 8)),
+    (TOKEN_SHAPE, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
+    (TOKEN_SHAPE, "n s (heads d) -> (n heads) s d", {"heads": 4}, lambda x: heads_to_batch(x, 4)),
+    (IMAGE_SHAPE, "n c h w -> n (h w) c", {}, lambda x: x.flatten(2).transpose(1, 2)),
+    (TOKEN_SHAPE, "n (h w) c -> n c h w", {"h": 8}, lambda x: x.transpose(1, 2).reshape(2, 32, 8, 8)),
     (
-        IMAGES,
+        IMAGE_SHAPE,
         "n c (h p1) (w p2) -> n (h w) (p1 p2 c)",
         {"p1": 4, "p2": 4},
         lambda x: x.view(2, 32, 2, 4, 2, 4).permute(0, 2, 4, 3, 5, 1).reshape(2, 4, 512),
@@ -252,7 +312,7 @@ def show_rearrange():
         y = rearrange(x, pattern, **sizes)
         print(f"   {pattern}: {shape} -> {tuple(y.shape)}, the same by hand: {torch.equal(y, by_hand(x))}")
     try:
-        rearrange(torch.zeros(TOKENS), "n s (heads d) -> n heads s d", heads=5)
+        rearrange(torch.zeros(TOKEN_SHAPE), "n s (heads d) -> (n heads) s d", heads=5)
     except EinopsError as error:
         print(f"   32 channels, 5 heads: {str(error).splitlines()[-1].strip()}")
     images, _, name = tools.load_one_of_each()
@@ -263,14 +323,15 @@ def show_rearrange():
     return tools.plot_grid(title, pictures, n, ["rearrange", "reshape"])
 
 
-# %% 8. Several heads
-# One set of weights gives a token one average. Several heads give it several: each head has its own queries, keys and
-# values, d = c / heads wide, projected from *all* channels. The averages are concatenated.
+# %% 10. The layer with heads
+# The heads may also keep an axis of their own: the product of matrices takes all axes before the last two as a batch.
+# (The lecture splits off the heads before q, k and v, so the rows of its weights stand in another order; ours is that
+# of PyTorch's class.)
 class MultiHeadSelfAttention(nn.Module):
     """Every token attends to all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
     channels: c. heads: how many, each `channels // heads` wide. attention_fn: turns q, k and v into averages; section
-    11 has a faster one. Raises ValueError if heads doesn't divide channels. (Vaswani et al. 2017, section 3.2.2;
+    13 has a faster one. Raises ValueError if heads doesn't divide channels. (Vaswani et al. 2017, section 3.2.2;
     lecture section "multi-head attention".)
     """
 
@@ -308,36 +369,36 @@ class AttentionBlock(nn.Module):
         self.attention = MultiHeadSelfAttention(channels, heads, attention_fn)
 
     def forward(self, x):
-        attended = self.attention(to_tokens(self.norm(x)))  # n (h w) c
-        return x + to_image(attended, x.shape[2])  # n c h w
+        attended = self.attention(rearrange(self.norm(x), "n c h w -> n (h w) c"))
+        return x + rearrange(attended, "n (h w) c -> n c h w", h=x.shape[2])
 
     def weights(self, x):
         """`(n, heads, h w, h w)`: row i says how much pixel i attends to every pixel."""
-        return self.attention.weights(to_tokens(self.norm(x)))
+        return self.attention.weights(rearrange(self.norm(x), "n c h w -> n (h w) c"))
 
 
-# The lecture folds the heads into the batch, `(n heads) s d`, and attends as if each head were an image. It is the
-# same: the product of matrices, too, treats all axes before the last two as a batch. (The lecture splits off the heads
-# before q, k and v, so the rows of its weights stand in another order; ours is that of PyTorch's class.)
 @tools.section
-def show_heads():
+def show_block():
     torch.manual_seed(0)
     layer, tokens = MultiHeadSelfAttention(32, heads=4), torch.randn(2, 64, 32)
-    q, k, v = layer.split(tokens)  # n heads s d, each
+    q, _, _ = layer.split(tokens)  # n heads s d
     print(f"   tokens {tuple(tokens.shape)} -> q {tuple(q.shape)} -> weights {tuple(layer.weights(tokens).shape)}")
-    folded = attention(*(rearrange(part, "n heads s d -> (n heads) s d") for part in (q, k, v)))  # (n heads) s d
-    unfolded = rearrange(folded, "(n heads) s d -> n heads s d", heads=4)
-    error = relative_error(unfolded, attention(q, k, v))
-    print(f"   the lecture's way {tuple(folded.shape)} -> {tuple(unfolded.shape)}: off by {error:.0e}")
+    folded = (heads_to_batch(part, 4) for part in layer.qkv(tokens).chunk(3, dim=-1))
+    by_hand = layer.proj(batch_to_heads(attention(*folded), 4))
+    print(f"   the lecture's way: off by {relative_error(by_hand, layer(tokens)):.0e}")
     x = torch.randn(2, 32, 8, 8)
     print(f"   for pixels: {tuple(x.shape)} -> {tuple(AttentionBlock(32, heads=4, groups=4)(x).shape)}")
 
 
-# %% 9. What heads are for
-# Every pixel of an image has a pattern of six numbers. Two pixels, at random places, are marked as the left and the
+# %% 11. What heads are for
+# Every pixel of an image has a pattern of six numbers. Two pixels, at random positions, are marked as the left and the
 # right ear; the answer, at every pixel, is both patterns, the left ear's first. One head gets one average of the two.
 # Its values are linear in the pixel, so both ears write into the same channels, and about half of the answer is lost.
 # Two heads look at one ear each.
+#
+# That holds while the values are linear in the pixel. Behind a nonlinear layer an ear could write into channels of its
+# own: with 96 hidden channels, one of two trainings of 1,000 steps found that out (an error of 0.002, the other 0.49).
+# Two heads need no such luck.
 SIDE, PATTERN = 5, 6
 
 
@@ -356,7 +417,7 @@ def ear_error(model, images, answers):
 
 
 def train_ears(heads, steps=200):
-    """A model that is asked for the ears, after its training."""
+    """A model that has learned to answer."""
     torch.manual_seed(0)
     layers = nn.Conv2d(PATTERN + 2, 24, 1), AttentionBlock(24, heads), nn.Conv2d(24, 2 * PATTERN, 1)
     model = nn.Sequential(*layers)
@@ -384,11 +445,11 @@ def show_ears():
             print(f"      head {head} gives {left:.0%} of its weight to the left ear, {right:.0%} to the right one")
             panels[f"head {head} of {heads}"] = weights[0, head - 1]
     pictures = torch.stack(list(panels.values())).view(-1, 1, SIDE, SIDE)  # weights, from 0 to 1
-    title = "One head loses one of the ears, or mixes them; two heads keep them apart"
+    title = "With linear values, one head loses an ear; two heads keep both"
     return tools.plot_grid(title, 2 * pictures - 1, 4, titles=list(panels))
 
 
-# %% 10. Against PyTorch's own
+# %% 12. Against PyTorch's own
 def to_torch_mha(layer):
     """PyTorch's `nn.MultiheadAttention` with a copy of the weights of our MultiHeadSelfAttention."""
     twin = nn.MultiheadAttention(layer.proj.in_features, layer.heads, batch_first=True)
@@ -417,7 +478,7 @@ def show_torch():
         print(f"      a change to image 1 changes image 0 by {relative_error(after[0], result[0]):.0e}")
 
 
-# %% 11. The fused kernel, and where to put attention
+# %% 13. The fused kernel, and where to put attention
 # Every pixel attends to every pixel: twice the side is four times the tokens and sixteen times the weights. All weights
 # of an image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022)
 # computes a block of weights, uses it and forgets it, and computes it anew for the backward pass. So it never holds
@@ -495,15 +556,15 @@ def show_cost():
     return figure
 
 
-# %% 12. Transformers
+# %% 14. Transformers
 # Attention carries information from token to token; what a token makes of it is the work of a small network, the same
 # for all tokens. The two in turn, each with a norm and a residual, are a transformer. LayerNorm normalises each token
-# by itself.
+# by itself. The middle of a U-Net could be a row of such blocks, says the lecture: of pixels, it is the same function
+# as PyTorch's `nn.TransformerEncoder`.
 class TransformerBlock(nn.Module):
     """Tokens `(n, s, c)` in and out. Raises ValueError if heads doesn't divide channels.
 
-    Norm first, as in Dosovitskiy et al. 2021, section 3.1. It is the same function as `nn.TransformerEncoderLayer(
-    channels, heads, 4 * channels, dropout=0, activation="gelu", batch_first=True, norm_first=True)`.
+    Norm first, as in Dosovitskiy et al. 2021, section 3.1.
     """
 
     def __init__(self, channels, heads):
@@ -516,6 +577,18 @@ class TransformerBlock(nn.Module):
     def forward(self, tokens):
         tokens = tokens + self.attention(self.norm1(tokens))
         return tokens + self.mlp(self.norm2(tokens))
+
+
+def to_torch_encoder(blocks):
+    """`nn.TransformerEncoder` with the weights of our transformer blocks, a list."""
+    heads, channels = blocks[0].attention.heads, blocks[0].norm1.normalized_shape[0]
+    options = {"dropout": 0, "activation": "gelu", "batch_first": True, "norm_first": True}
+    layer = nn.TransformerEncoderLayer(channels, heads, 4 * channels, **options)
+    twin = nn.TransformerEncoder(layer, len(blocks), enable_nested_tensor=False)
+    for theirs, ours in zip(twin.layers, blocks, strict=True):
+        theirs.self_attn, theirs.norm1, theirs.norm2 = to_torch_mha(ours.attention), ours.norm1, ours.norm2
+        theirs.linear1, _, theirs.linear2 = ours.mlp
+    return twin
 
 
 class VisionTransformer(nn.Module):
@@ -550,12 +623,13 @@ class VisionTransformer(nn.Module):
         return self.classify(self.encode(x).mean(dim=1))  # n s c -> n c -> n n_classes
 
 
-# What a convolution has built in, that neighbours belong together, a transformer has to find out from its data. So it
-# is pre-trained: with 300 million labelled images it passed the convolutional nets of its day (Dosovitskiy et al.
-# 2021). It can also learn without labels, to fill in hidden patches (Xie et al. 2022). With few labelled garments it
-# falls behind a convolutional net of as many parameters; pre-trained so on all 60,000, it makes up for four fifths of
-# the gap where 600 have labels, and for half of it where 2,400 or 9,600 have (docs/data_efficiency.png, by
-# tests/measure_data_efficiency.py).
+# There is a learned vector for each of 49 patches, and for no other: a model trained on 28 × 28 pixels can't take 32 ×
+# 32, as the error below says. And what a convolution has built in, that neighbours belong together, a transformer has
+# to find out from its data. So it is pre-trained: with 300 million labelled images it passed the convolutional nets of
+# its day (Dosovitskiy et al. 2021). It can also learn without labels, to fill in hidden patches (Xie et al. 2022). With
+# few labelled garments it falls behind a convolutional net of as many parameters; pre-trained so on all 60,000, it
+# makes up for four fifths of the gap where 600 have labels, and for half of it where 2,400 or 9,600 have
+# (docs/data_efficiency.png, by tests/measure_data_efficiency.py).
 @tools.section
 def show_transformer():
     torch.manual_seed(0)
@@ -568,9 +642,60 @@ def show_transformer():
     print(f"   patches in disorder change its answer by {relative_error(model(shuffled), model(image)):.0e}")
     model.positions.zero_()
     print(f"   and without the positions by {relative_error(model(shuffled), model(image)):.0e}")
+    try:
+        model(F.pad(image, [2] * 4))
+    except RuntimeError as error:
+        print(f"   32 × 32 pixels: {error}")
+    pixels = rearrange(torch.randn(2, 32, 7, 7), "n c h w -> n (h w) c")
+    middle = nn.Sequential(*(TransformerBlock(32, heads=4) for _ in range(3)))
+    error = relative_error(to_torch_encoder(list(middle))(pixels), middle(pixels))
+    print(f"   three blocks for the middle of a U-Net, and nn.TransformerEncoder: off by {error:.0e}")
 
 
-# %% 13. Attention can be a convolution
+# %% 15. Attention elsewhere: prompts, masks, positions
+# Let the queries come from the image's pixels, and keys and values from the words of a prompt: that is cross-attention.
+# The shape of the weights says it all: a row for each pixel, a column for each word. It is how a prompt enters Stable
+# Diffusion's U-Net (Rombach et al. 2022).
+class CrossAttention(nn.Module):
+    """Tokens `(n, s, channels)` attend to words `(n, words, word_channels)`; the result is `(n, s, channels)`."""
+
+    def __init__(self, channels, word_channels, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(word_channels, 2 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, tokens, words):
+        q = rearrange(self.q(tokens), "n s (heads d) -> n heads s d", heads=self.heads)
+        k, v = rearrange(self.kv(words), "n words (two heads d) -> two n heads words d", two=2, heads=self.heads)
+        return self.proj(rearrange(attention(q, k, v), "n heads s d -> n s (heads d)"))
+
+
+# A language model writes one word after another, so a token must not attend to later ones: a causal mask makes their
+# scores minus infinity. And as attention knows no order, a transformer adds a positional encoding to its tokens: the
+# sines of 01 (Vaswani et al. 2017), or learned vectors as in section 14.
+def causal_attention(q, k, v):
+    """Attention of each token to itself and to earlier ones: `(..., s, d)`, three times, to `(..., s, d)`."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s
+    later = torch.ones_like(scores, dtype=torch.bool).triu(1)  # above the diagonal
+    return scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ v
+
+
+@tools.section
+def show_elsewhere():
+    torch.manual_seed(0)
+    layer, pixels, words = CrossAttention(32, 48, heads=4), torch.randn(1, 64, 32), torch.randn(1, 5, 48)
+    weights = attention_weights(torch.randn(4, 64, 8), torch.randn(4, 5, 8))
+    print(f"   64 pixels {tuple(pixels.shape)} and 5 words {tuple(words.shape)} -> {tuple(layer(pixels, words).shape)}")
+    print(f"   its weights: {tuple(weights.shape)} for four heads")
+    sentence = torch.randn(1, 6, 8)
+    changed = sentence.clone()
+    changed[:, -1] += 1
+    before, after = (causal_attention(x, x, x) for x in (sentence, changed))
+    print(f"   another last word changes earlier tokens by {relative_error(after[:, :-1], before[:, :-1]):g}")
+
+
+# %% 16. Attention can be a convolution
 # A 3×3 convolution is nine heads, each attending to one of the nine pixels under the kernel (Cordonnier et al. 2020).
 # The scores depend on positions only: minus the squared distance of a pixel at i from the wanted one at j, times a
 # number so large that this pixel gets all the weight. (It is a dot product of position features:
@@ -578,8 +703,8 @@ def show_transformer():
 # nearest pixel, but a convolution finds a zero there. So we add a token of zeros, at a squared distance of 0.5: farther
 # than the wanted pixel, nearer than any other.
 #
-# Here the value of a pixel is *all* its channels, in every head. In section 8's layer nine heads would share them: each
-# could apply only a matrix of rank at most c / 9, and not every convolution consists of such matrices.
+# Here the value of a pixel is *all* its channels, in every head. In section 10's layer nine heads would share them:
+# each could apply only a matrix of rank at most c / 9, and not every convolution consists of such matrices.
 class PositionAttention(nn.Module):
     """Attention by position alone: head i attends to the pixel offsets[i] away, `(rows, columns)`, or beyond the
     border to zeros. Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""
@@ -598,10 +723,11 @@ class PositionAttention(nn.Module):
         return -100 * F.pad(distances, (0, 1), value=0.5)
 
     def forward(self, x):
-        tokens = F.pad(to_tokens(x), (0, 0, 0, 1))  # n (h w + 1) c: the last one holds zeros
+        tokens = F.pad(rearrange(x, "n c h w -> n (h w) c"), (0, 0, 0, 1))  # n (h w + 1) c: the last one holds zeros
         weights = self.scores(*x.shape[2:]).softmax(dim=-1)  # heads (h w) (h w + 1)
         attended = weights @ tokens[:, None]  # n heads (h w) c
-        return to_image(self.proj(rearrange(attended, "n heads s c -> n s (heads c)")), x.shape[2])
+        y = self.proj(rearrange(attended, "n heads s c -> n s (heads c)"))  # n (h w) channels_out
+        return rearrange(y, "n (h w) c -> n c h w", h=x.shape[2])
 
 
 def attention_from_convolution(conv):

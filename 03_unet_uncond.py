@@ -153,6 +153,22 @@ class Saved:
         return saved
 
 
+# The lecture's second way needs no inheritance: a function wraps the module's `forward`. It works on any module that is
+# there already, and it is shorter. But a deep copy of the module still calls the first one's forward, with the first
+# one's weights; and we copy our networks, for the average. So we stay with the mix-in.
+def saved(module):
+    """The same module, which from now on keeps its output in `module.saved`."""
+    forward = module.forward
+
+    @functools.wraps(forward)
+    def keep(*inputs):
+        module.saved = forward(*inputs)
+        return module.saved
+
+    module.forward = keep
+    return module
+
+
 class SavedResBlock(Saved, ResBlock):
     pass
 
@@ -172,13 +188,19 @@ def show_saved():
         y, kept = conv(x), conv.saved
         print(f"   {order}: runs {kind.forward.__qualname__}, saves {'nothing' if kept is None else tuple(kept.shape)}")
         print(f"      is a convolution: {torch.equal(y, F.conv2d(x, conv.weight, conv.bias))}")
+    wrapped = saved(nn.Conv2d(1, 4, 3))
+    twin = zero_(copy.deepcopy(wrapped))
+    y = wrapped(x)
+    print(f"   saved(conv): saves {tuple(wrapped.saved.shape)}")
+    print(f"      its copy, all weights zero, still gives the output of the first: {torch.equal(twin(x), y)}")
 
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: blocks, and convolutions of stride 2, which halve height and width, so a 3×3 convolution sees ever more of the
 # garment. A level has a quarter of the pixels of the one above and twice the channels, so all levels cost about the
-# same. (The 32 to 256 channels below are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of diffusers'
-# UNet2DModel. `--no-time --preset lecture` trains this one.)
+# same. (The stride is inherited from DDPM's code. Nobody should assume that it is optimal, says the lecture: there are
+# hardly any ablations.) (The 32 to 256 channels below are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of
+# diffusers' UNet2DModel. `--no-time --preset lecture` trains this one.)
 #
 # Up: the same in reverse. Each block gets the activations from below, concatenated with those saved at its size on the
 # way down. Each level has one extra block here, because it saved one more activation than it has blocks.
@@ -488,7 +510,7 @@ class UntimedUNet(UNet):
 # Does a network need the time at all? The image itself shows how noisy it is: background pixels should be equal, and
 # they differ by the strength of the noise. Printed below is their standard deviation in a corner of 3 × 3 pixels, as
 # the network sees it, after c_in. It tells low levels apart, but hardly those above 1. (c_in, c_skip and c_out know
-# sigma in any case.) Section 13 measures what the time is worth.
+# sigma in any case.) Section 14 measures what the time is worth.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 levels drawn in training are in this range
 
 
@@ -690,7 +712,44 @@ def show_few_steps():
     return tools.plot_curves(f"dpm++ needs fewer steps than DDIM\n{said}", counts, wrong, **labels)
 
 
-# %% 12. Not in the lecture: Muon, the optimiser of the convolutions
+# %% 12. One path in three coordinates: DDPM, EDM, flow matching
+# Not in the lecture, but in everything since. DDPM (Ho et al. 2020) counts steps, and says how much of the image's
+# variance is left: ᾱ, in √ᾱ x0 + √(1 - ᾱ) noise. EDM says how strong the noise is: sigma. Flow matching (Lipman et al.
+# 2023) goes straight from the image, t = 0, to the noise, t = 1: z = (1 - t) x0 + t noise. It is the same path: divide
+# by the factor of x0, and all three are x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t).
+#
+# The velocity of z is noise - x0, and a straight step along it, Euler's, *is* DDIM's step.
+@torch.no_grad()
+def sample_flow(denoise, noise, times):
+    """Yield (t, z) at each of the falling times, which end with 0; the first z is t noise (Lipman et al. 2023)."""
+    z = times[0] * noise
+    for t, t_next in pairwise(times):
+        yield t, z
+        x0_hat = denoise(z / (1 - t), t / (1 - t))
+        z = z + (t_next - t) * (z - x0_hat) / t  # (z - x0) / t is noise - x0
+    yield 0.0, z
+
+
+@tools.section
+def show_coordinates():
+    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # ᾱ of DDPM's thousand steps
+    print("     sigma        ᾱ        t   DDPM's step   notebook 28's time   time of our network")
+    for sigma in (0.01, 0.047, 0.5, 1, 5, 80):
+        step = np.abs(np.log(1 / kept - 1) / 2 - np.log(sigma)).argmin()  # the nearest
+        row = sigma, 1 / (1 + sigma**2), sigma / (1 + sigma), step, 2 / math.pi * math.atan(sigma / 2)
+        print("   {:7.3f}{:9.4f}{:9.4f}{:14d}{:21.3f}".format(*row), f"{TIME_SCALE * math.log(sigma) / 4:21.0f}")
+    images, _ = tools.load_images("train", 100)
+    torch.manual_seed(0)
+    denoise, noise, sigmas = ideal_denoiser(images.double()), torch.randn(4, 1, 28, 28).double(), noise_levels()
+    flow, ddim = (
+        sample_flow(denoise, noise, [sigma / (1 + sigma) for sigma in sigmas]),
+        sample_ddim(denoise, noise, sigmas),
+    )
+    apart = max((z / (1 - t) - x).abs().max() for (t, z), (_, x, _) in zip(flow, ddim, strict=True))
+    print(f"   Euler's steps in t and DDIM's in sigma: largest difference {apart:.0e}")
+
+
+# %% 13. Not in the lecture: Muon, the optimiser of the convolutions
 # A few directions make up most of a matrix's gradient, and the others hardly learn. Muon (Jordan et al. 2024) takes the
 # momentum, a mean of the last gradients, and makes the step equally large in all directions: all singular values become
 # about 1. A convolution's weights form a matrix too: the output channels by everything each of them looks at.
@@ -758,7 +817,7 @@ def show_muon():
     return tools.plot_curves("Muon makes a step about equally large in all directions", range(1, 13), values, **labels)
 
 
-# %% 13. The training loop
+# %% 14. The training loop
 # Everything above comes together here. A single gradient can be huge, especially early on; warming up the learning rate
 # and clipping keep it from throwing the weights off. The latest weights jump about while their average doesn't, so we
 # sample with the average.

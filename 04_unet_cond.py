@@ -30,7 +30,7 @@ PRETRAINED = tools.RUNS.parent / "data" / "pretrained" / "cond.pt"
 # %% 1. Attention after the residual block, and on which levels
 # Attention lets every pixel use what a convolution found anywhere: whether the left shoulder has a sleeve, say. So it
 # comes after each residual block, down and up, and once in the middle (notebook 28 has none there). The skips are saved
-# after it.
+# after it. (Does it help? The lecturer says that he has not seen it improve the FID in his own experiments.)
 class AttentionResBlock(lesson3.TimeResBlock):
     """A residual block, with a place for attention after it. (A block doesn't know its level, so the U-Net adds it.)"""
 
@@ -56,7 +56,7 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
 
 # At 32 × 32 pixels a head has 1024² weights, 4 MB for one image. With 4 heads in each of its 5 blocks, the lecture's
 # first level would have 84 MB of them: 43 GB for its batches of 512. At 16 × 16, with twice the heads, it is an eighth
-# of that. So the lecture leaves the first level out. A fused kernel (section 11 of 02) never holds the weights, but its
+# of that. So the lecture leaves the first level out. A fused kernel (section 13 of 02) never holds the weights, but its
 # time still grows with the square of the number of pixels.
 def measure_levels(preset, size):
     """For each level of a preset's net, one image of this padded size: the side in pixels; the megabytes that a block
@@ -90,7 +90,7 @@ def show_cost():
 
 
 # %% 2. What the convolutions reach without it
-# Without attention, is anything too far away for a pixel of this U-Net? As in section 3 of 02, we count the input
+# Without attention, is anything too far away for a pixel of this U-Net? As in section 1 of 02, we count the input
 # pixels that one output pixel depends on: its receptive field. In a new network there are none, as the last convolution
 # is zero, so all convolutions get random weights. And all pixels meet in the mean of a group norm, so we leave the
 # norms out.
@@ -255,10 +255,10 @@ def show_line():
 
 
 # %% 5. How strong, and from when
-# While there is much noise, the rough shape is being decided, and how light the garment will be. Guided from the start,
-# the garments of a class become alike in both, and lighter. From where the noise is down to 3, even with strong
-# guidance they stay as far apart as without. (Measured in pixels, on four garments of each class. Too much of it still
-# makes only what is typical: docs/measurements.md.)
+# Measured in pixels, on only four garments of each class: while there is much noise, the rough shape is being decided,
+# and how light the garment will be. Guided from the start, the garments of a class become alike in both, and lighter.
+# If guidance waits until the noise is down to 3, even strong guidance leaves them as far apart as none. (Too much of it
+# still makes only what is typical: docs/measurements.md.)
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()
@@ -308,7 +308,7 @@ def show_blend():
 
 
 # %% 7. Where a pixel looks
-# In section 2 of 02, each pixel attended to those that look like it. What has this network learned to look for?
+# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for?
 # Some heads look nearby, others far away, and where they look changes with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""

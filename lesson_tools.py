@@ -112,6 +112,18 @@ def plot_image(axes, image, title, **options):
     axes.imshow(image.numpy(), **options)
 
 
+def plot_matrix(axes, matrix, title, rows=(), columns=(), cmap="Greys", digits=0):
+    """A matrix `(rows, columns)` as a table of its numbers, darker for larger ones; rows and columns have names."""
+    axes.imshow(matrix.numpy(), cmap=cmap, vmin=0, vmax=2 * max(1e-6, matrix.max().item()), aspect="auto")
+    for (row, column), value in np.ndenumerate(matrix.numpy()):
+        axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=12)
+    axes.set_title(title, fontsize=11)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 def plot_images(axes, images, columns, rows=(), titles=()):
     """Images `(n, 1, h, w)` in [-1, 1] in a grid, row by row; rows and titles name its rows and columns."""
     _, _, height, width = images.shape

@@ -7,7 +7,9 @@ convolution is written for speed, as an einsum over a view of all windows.
 from reference_numpy.attention import (
     attention,
     attention_block,
+    causal_attention,
     convolution_by_attention,
+    cross_attention,
     gelu,
     layer_norm,
     multi_head_self_attention,
@@ -23,6 +25,7 @@ from reference_numpy.diffusion import (
     noise_levels,
     sample_ddim,
     sample_dpm,
+    sample_flow,
     sample_heun,
     starting_noise,
 )

@@ -50,6 +50,27 @@ def attention_block(x, parameters, heads, groups=1):
     return y
 
 
+def cross_attention(tokens, words, parameters, heads):
+    """(s, c) and (words, d_words) -> (s, c): queries from the tokens, keys and values from the words."""
+    p = parameters
+    q = tokens @ p["q.weight"].T + p["q.bias"]  # (s, c)
+    k, v = np.split(words @ p["kv.weight"].T + p["kv.bias"], 2, axis=1)  # (words, c) each
+    d = q.shape[1] // heads
+    averages = np.empty_like(q)
+    for head in range(heads):
+        columns = slice(head * d, (head + 1) * d)
+        averages[:, columns] = attention(q[:, columns], k[:, columns], v[:, columns])
+    return averages @ p["proj.weight"].T + p["proj.bias"]
+
+
+def causal_attention(q, k, v):
+    """Queries, keys and values, each (tokens, d) -> (tokens, d): each token attends to those up to itself only."""
+    averages = np.empty_like(v)
+    for i in range(len(q)):
+        averages[i] = attention(q[i : i + 1], k[: i + 1], v[: i + 1])[0]
+    return averages
+
+
 # A transformer adds to each token what attention makes of it, and then what a small network makes of the sum.
 
 

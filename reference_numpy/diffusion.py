@@ -105,3 +105,15 @@ def sample_heun(denoise, noise, sigmas):
             x_next = x + (sigmas[i + 1] - sigmas[i]) * (slope + slope_next) / 2
         states.append(x_next)
     return states
+
+
+def sample_flow(denoise, noise, times):
+    """Flow matching: z = (1 - t) x0 + t noise moves by noise - x0 as t grows (Lipman et al. 2023). times fall to 0; it
+    returns z at each of them."""
+    states = [times[0] * noise]
+    for i in range(len(times) - 1):
+        z, t = states[-1], times[i]
+        x0_hat = denoise(z / (1 - t), t / (1 - t))
+        noise_hat = (z - (1 - t) * x0_hat) / t
+        states.append(z + (times[i + 1] - t) * (noise_hat - x0_hat))
+    return states

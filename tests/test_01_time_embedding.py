@@ -118,7 +118,7 @@ def run_main(script, out, monkeypatch, capsys):
     assert re.findall(r"^wrote (.+)$", printed, re.M) == [str(picture) for picture in pictures]
     for picture in pictures:
         pixels = matplotlib.image.imread(picture)
-        assert 700 < pixels.shape[1] < 1000 and pixels.shape[0] < pixels.shape[1]
+        assert 700 < pixels.shape[1] < 1500 and pixels.shape[0] < pixels.shape[1]
         assert pixels[..., :3].std() > 0.05
     assert plt.get_fignums() == before  # every figure is closed
     return printed, [picture.name for picture in pictures]
@@ -136,6 +136,9 @@ def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     for last, period in ((99, 10), (99, 100), (99, 10_000), (1, 10_000)):
         still = (np.ptp(reference.timestep_embedding(np.linspace(0, last, 100), 16, period), axis=0) < 0.02).sum()
         assert f"t from 0 to {last}, max_period {period}: {still} of 16 columns barely vary" in printed
+    fits = [float(number) for number in re.findall(r"with R² (\S+)", printed)]
+    assert fits == pytest.approx([0.22, 1, 1, 1], abs=0.01)
+    assert "500 is 1.011, 0 is 0.940" in printed  # far times lose their order
     assert float(re.search(r"largest difference (\S+)", printed)[1]) < 1e-12
 
 

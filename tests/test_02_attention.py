@@ -72,14 +72,26 @@ def test_weights_and_averages_equal_numpy(dtype, tolerance):
     assert_near(attended.flatten(2).mT, lesson.attention(v, v, v), tolerance)
 
 
-# 2. Pixels
-def test_tokens_are_pixels_row_after_row():
-    x = torch.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    assert torch.equal(lesson.to_tokens(x), rearrange(x, "n c h w -> n (h w) c"))
-    assert torch.equal(lesson.to_image(lesson.to_tokens(x), 4), x)
-    assert lesson.to_image(lesson.to_tokens(x[:0]), 4).shape == (0, 3, 4, 5)
+# 2. The tokens' numbers
+def test_a_pocket_calculator_gets_the_next_number_from_the_digits_shown(capsys):
+    """In the picture: whole numbers, then weights with three digits, averages and sums with two."""
+    figure = lesson.show_tokens()
+    shown = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    plt.close(figure)
+    x, q, k, v, scores, weights, averages, sums = (np.array(texts, float).reshape(3, -1) for texts in shown)
+    digits = [{len(text.partition(".")[2]) for text in texts} for texts in shown]
+    assert digits == [{0}] * 5 + [{3}, {2}, {2}]
+    np.testing.assert_array_equal(scores, q @ k.T / 2)
+    exponentials = 2.718**scores
+    np.testing.assert_array_equal(weights, (exponentials / exponentials.sum(axis=1, keepdims=True)).round(3))
+    np.testing.assert_array_equal(averages, (weights @ v).round(2))
+    np.testing.assert_array_equal(sums, (x + averages).round(2))
+    assert np.array_equal(averages, reference.attention(q, k, v).round(2))
+    printed = capsys.readouterr().out
+    assert "softmax      0.468 0.468 0.063 | 0.787 0.107 0.107 | 0.107 0.107 0.787" in printed
 
 
+# 4. Pixels
 def test_a_token_is_the_normalised_patch_around_its_pixel():
     images = torch.randn(2, 1, 6, 7)
     tokens, padded = lesson.patch_tokens(images).unflatten(1, (6, 7)), F.pad(images, (2, 2, 2, 2), value=-1)[:, 0]
@@ -101,7 +113,7 @@ def test_one_garment_of_each_class_also_of_other_data(monkeypatch):
         plt.close(show())
 
 
-# 3. What a pixel depends on
+# 1. What a pixel depends on
 @pytest.mark.parametrize("reach", [1, 2, 5])
 def test_convolutions_see_a_neighbourhood_and_attention_sees_everything(redraw, attention_layer, reach):
     x = torch.randn(1, 4, 15, 13, dtype=torch.float64)
@@ -112,7 +124,7 @@ def test_convolutions_see_a_neighbourhood_and_attention_sees_everything(redraw, 
         assert lesson.input_gradient(layer, x, 0, 0).all()
 
 
-# 4. What flattening loses
+# 5. What flattening loses
 def test_permuting_pixels_permutes_the_output_of_attention(attention_layer):
     x, order = torch.randn(2, 8, 5, 7, dtype=torch.float64), torch.randperm(35)
     assert torch.equal(lesson.permute_pixels(x, order).flatten(2), x.flatten(2)[:, :, order])
@@ -121,7 +133,7 @@ def test_permuting_pixels_permutes_the_output_of_attention(attention_layer):
     assert lesson.relative_error(torch.tensor([1.0, -3.0]), torch.tensor([2.0, -4.0])) == 0.25
 
 
-# 6. One head
+# 7. One head
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_one_head_with_three_projections_equals_numpy_with_one(redraw, dtype, tolerance):
     for channels, _, groups, shape in shapes(20):
@@ -134,7 +146,15 @@ def test_one_head_with_three_projections_equals_numpy_with_one(redraw, dtype, to
         assert_near(layer(x), expected, tolerance)
 
 
-# 8 and 10. Several heads, also as PyTorch has them
+# 8 to 12. Several heads, also as PyTorch has them
+def test_heads_are_folded_into_the_batch_and_back():
+    for _, heads, _, (n, c, s, _) in shapes(20):
+        x = torch.randn(n, s, heads * c)
+        folded = lesson.heads_to_batch(x, heads)
+        assert torch.equal(folded, rearrange(x, "n s (heads d) -> (n heads) s d", heads=heads))
+        assert torch.equal(lesson.batch_to_heads(folded, heads), x)
+
+
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_heads_equal_numpy_and_pytorch(attention_layer, by_hand, dtype, tolerance):
@@ -161,7 +181,7 @@ def test_fused_attention_in_bfloat16(autocast):
     assert averages.dtype == torch.bfloat16 and torch.equal(averages, expected)
 
 
-# 9. What heads are for
+# 11. What heads are for
 def test_ears_are_marked_and_asked_for():
     images, answers = lesson.make_ears(20)
     assert images.shape == (20, 8, 5, 5) and answers.shape == (20, 12)
@@ -173,7 +193,7 @@ def test_ears_are_marked_and_asked_for():
     assert_near(lesson.ear_error(lambda _: two_off, images, answers), 4, 1e-6)
 
 
-# 11. What it costs
+# 13. What it costs
 def test_fused_attention_keeps_no_weights():
     kept = {}
     for side in (16, 32):
@@ -186,7 +206,7 @@ def test_fused_attention_keeps_no_weights():
     assert kept[32][1] < 4.1 * kept[16][1]  # grows with the pixels
 
 
-# 12. Transformers
+# 14. Transformers
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_transformer_block_equals_pytorch(redraw, dtype, tolerance):
     for channels, heads, _, (n, _, s, _) in shapes(20):
@@ -198,6 +218,8 @@ def test_transformer_block_equals_pytorch(redraw, dtype, tolerance):
         for name, part in (("norm1", "norm1"), ("norm2", "norm2"), ("linear1", "mlp.0"), ("linear2", "mlp.2")):
             theirs.get_submodule(name).load_state_dict(block.get_submodule(part).state_dict())
         assert_near(block(tokens), theirs(tokens), tolerance)
+        blocks = [redraw(lesson.TransformerBlock(channels, heads).to(dtype)) for _ in range(3)]
+        assert_near(nn.Sequential(*blocks)(tokens), lesson.to_torch_encoder(blocks)(tokens), tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
@@ -210,7 +232,37 @@ def test_vision_transformer_equals_numpy(redraw, dtype, tolerance, size, patch, 
     assert_near(model(images), np.stack(expected), tolerance)
 
 
-# 13. Convolutions
+# 15. Elsewhere
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_cross_attention_equals_numpy_and_pytorch(redraw, dtype, tolerance):
+    for channels, heads, _, (n, words, s, word_channels) in shapes(20):
+        layer = redraw(lesson.CrossAttention(channels, word_channels, heads).to(dtype))
+        x, prompt = torch.randn(n, s, channels, dtype=dtype), torch.randn(n, words, word_channels, dtype=dtype)
+        pairs = zip(x.double().numpy(), prompt.double().numpy(), strict=True)
+        expected = np.stack([reference.cross_attention(*pair, arrays(layer), heads) for pair in pairs])
+        assert_near(layer(x, prompt), expected, tolerance)
+        sizes = {"kdim": word_channels, "vdim": word_channels}
+        theirs = nn.MultiheadAttention(channels, heads, batch_first=True, **sizes).to(dtype)
+        key, value = layer.kv.weight.chunk(2)
+        state = {"q_proj_weight": layer.q.weight, "k_proj_weight": key, "v_proj_weight": value}
+        if word_channels == channels:  # PyTorch has one matrix for all three then
+            state = {"in_proj_weight": torch.cat([layer.q.weight, layer.kv.weight])}
+        state["in_proj_bias"] = torch.cat([layer.q.bias, layer.kv.bias])
+        theirs.load_state_dict(state | {f"out_proj.{name}": p for name, p in layer.proj.state_dict().items()})
+        assert_near(layer(x, prompt), theirs(x, prompt, prompt)[0], tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
+def test_a_causal_mask_equals_numpy_and_pytorch(dtype, tolerance):
+    for s in (1, 2, 7):
+        q, k, v = torch.randn(3, 2, s, 5, dtype=dtype)
+        averages = lesson.causal_attention(q, k, v)
+        assert_near(averages, F.scaled_dot_product_attention(q, k, v, is_causal=True), tolerance)
+        expected = [reference.causal_attention(*(t[i].double().numpy() for t in (q, k, v))) for i in range(2)]
+        assert_near(averages, np.stack(expected), tolerance)
+
+
+# 16. Convolutions
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_attention_expresses_any_convolution(redraw, dtype, tolerance):
     """Also on images of a single pixel, row or column."""
@@ -257,28 +309,31 @@ def test_what_does_not_fit_is_refused(make, told):
 def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lesson, "SIDES", (4, 8))
     printed, pictures = run_main(lesson, tmp_path, monkeypatch, capsys)
-    expected = ["02_one_pixel", "03_reach", "04_shuffled_pixels", "05_division", "07_rearrange", "09_ears", "11_cost"]
-    assert pictures == [f"{name}.png" for name in expected]
+    expected = ["01_reach", "02_tokens", "04_one_pixel", "05_shuffled_pixels", "06_division", "09_rearrange", "11_ears"]
+    assert pictures == [f"{name}.png" for name in (*expected, "13_cost")]
     sections = re.split(r"^\d+\. ", printed, flags=re.M)
 
     def numbers(section, pattern):
         return [float(found) for found in re.findall(pattern, sections[section])]
 
-    assert numbers(3, r"depends on (\d+) of 784") == [9, 25, 169, 784]
-    attention, convolution = numbers(4, r"relative difference (\S+)")
+    assert numbers(1, r"depends on (\d+) of 784") == [9, 25, 169, 675]
+    assert numbers(4, r"depends on (\d+) of 784") == [784] and 0 < numbers(4, r"(\d+)% of all patches")[0] < 100
+    attention, convolution = numbers(5, r"relative difference (\S+)")
     assert attention < 1e-12 and convolution > 0.1
-    assert sections[7].count("the same by hand: True") == len(lesson.EXAMPLES)
-    assert max(numbers(6, r"off by (\S+)") + numbers(8, r"off by (\S+)")) < 1e-5
-    undivided, divided = numbers(5, r" undivided .*weight (\S+)"), numbers(5, r" divided .*weight (\S+)")
+    assert sections[9].count("the same by hand: True") == len(lesson.EXAMPLES)
+    assert max(number for section in (7, 8, 10) for number in numbers(section, r"off by (\S+)")) < 1e-5
+    undivided, divided = numbers(6, r" undivided .*weight (\S+)"), numbers(6, r" divided .*weight (\S+)")
     assert undivided == sorted(undivided) and undivided[-1] > 0.8 and max(divided) < 0.06
-    one_head, two_heads = numbers(9, r"error (\S+)")
+    one_head, two_heads = numbers(11, r"error (\S+)")
     assert one_head > 0.4 and two_heads < 0.01
-    shares = np.array([numbers(9, r"gives (\d+)%")[1:], numbers(9, r"(\d+)% to the right")[1:]])  # ears heads, of two
+    shares = np.array([numbers(11, r"gives (\d+)%")[1:], numbers(11, r"(\d+)% to the right")[1:]])  # ears heads, of two
     assert abs(np.linalg.det(shares / 100)) > 0.9  # each ear has a head of its own
-    right, wrong = numbers(10, r"off by (\S+);")
-    none, some = numbers(10, r"changes image 0 by (\S+)")
+    right, wrong = numbers(12, r"off by (\S+);")
+    none, some = numbers(12, r"changes image 0 by (\S+)")
     assert right < 1e-5 and none == 0 and wrong > 0.1 and some > 0.1
-    with_positions, without = numbers(12, r"by (\S+)\n")
-    assert with_positions > 1e-4 and without < 1e-5
-    assert max(numbers(13, r"relative difference (\S+)")) < 1e-5
-    assert numbers(13, r"(\d+)%") == [100, 100, 100, 100, 0, 0, 100, 0, 0]  # above, and to the left
+    with_positions, without, encoder = numbers(14, r" by (\S+)\n")
+    assert with_positions > 1e-4 and without < 1e-5 and encoder < 1e-5
+    assert "32 × 32 pixels: The size of tensor a (64) must match" in sections[14]
+    assert "(4, 64, 5) for four heads" in sections[15] and numbers(15, r"earlier tokens by (\S+)\n") == [0]
+    assert max(numbers(16, r"relative difference (\S+)")) < 1e-5
+    assert numbers(16, r"(\d+)%") == [100, 100, 100, 100, 0, 0, 100, 0, 0]  # above, and to the left

@@ -76,6 +76,17 @@ def test_saved_in_front_of_a_class_changes_nothing_but_saves(lesson3):
     torch.testing.assert_close(conv.take(), torch.zeros_like(expected))
 
 
+def test_the_function_saves_too_but_its_copies_share_the_weights(lesson3):
+    """So the average of our networks needs the mix-in."""
+    x = noisy(1, 2, 5, 5)
+    for make in (lesson3.SavedConv, lambda *sizes: lesson3.saved(nn.Conv2d(*sizes))):
+        conv = make(2, 3, 3)
+        expected, twin = nn.functional.conv2d(x, conv.weight, conv.bias), lesson3.zero_(copy.deepcopy(conv))
+        torch.testing.assert_close(conv(x), expected)
+        torch.testing.assert_close(conv.saved, expected)
+        assert bool(twin(x).any()) == (make is not lesson3.SavedConv)
+
+
 # Noise and the denoiser
 def test_the_loss_of_a_new_network_is_one_at_every_sigma(lesson3):
     denoiser = lesson3.Denoiser(lesson3.UntimedUNet(4, (8,), 1, 4), 1.0, patch=2)

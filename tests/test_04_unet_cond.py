@@ -162,7 +162,7 @@ def test_each_row_leads_from_one_class_to_another(lesson4, monkeypatch, n):
 
 
 def test_caught_weights_are_those_of_the_layer(lesson3, lesson4, cond_unet):
-    denoiser, lesson2 = lesson3.Denoiser(cond_unet, 0.6), lesson4.lesson2
+    denoiser = lesson3.Denoiser(cond_unet, 0.6)
     layer = cond_unet.middle[0].attention
     seen = []
     layer.register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0], output)))
@@ -171,9 +171,9 @@ def test_caught_weights_are_those_of_the_layer(lesson3, lesson4, cond_unet):
     weights = weights.flatten(4).flatten(2, 3)  # n heads (h w) (h w)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, layer.attention.heads, 4 * 6))
     ((x, expected),) = seen
-    values = layer.attention.split(lesson2.to_tokens(layer.norm(x)))[2]
+    values = layer.attention.split(layer.norm(x).flatten(2).mT)[2]
     averages = layer.attention.proj((weights @ values).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(x + lesson2.to_image(averages, 4), expected)  # what the network used, fused
+    torch.testing.assert_close(x + averages.mT.unflatten(2, (4, 6)), expected)  # what the network used, fused
     assert not layer._forward_pre_hooks
 
 

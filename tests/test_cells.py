@@ -95,7 +95,7 @@ def test_run_in_ipython_trains_like_the_command(environment, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 
-@pytest.mark.parametrize(("script", "sections"), [*zip(SHORTER, (6, 13, 13, 7), strict=True)])
+@pytest.mark.parametrize(("script", "sections"), [*zip(SHORTER, (6, 16, 14, 7), strict=True)])
 def test_every_cell_runs_in_order_and_shows_its_picture(cells, script, sections):
     numbers = [re.match(r"# %% (\d+)", title) for title, *_ in cells[script]]
     assert [int(number[1]) for number in numbers if number] == list(range(1, sections + 1))
@@ -114,6 +114,10 @@ def test_what_lesson_3_prints_is_so(cells):
     losses = re.search(r"loss of a new network +(.*)", printed)[1].split()
     expected = [1, float(re.search(r"1 \+ \(mean / sigma_data\)² (\S+)", printed)[1])]
     assert [float(losses[0]), float(losses[-1])] == pytest.approx(expected, abs=0.02)
+    assert re.search(r"saved\(conv\): saves \(2, 4, 6, 6\)\n .*the first: True", printed)
+    assert float(re.search(r"DDIM's in sigma: largest difference (\S+)", printed)[1]) < 1e-11
+    steps = re.findall(r"^ +(?:0\.010|0\.047) .*? (\d+) ", printed, re.M)
+    assert steps == ["0", "10"]  # as 01 says
     ddim, dpm = (re.search(rf"{method} +(.*)", printed)[1].split() for method in ("ddim", r"dpm\+\+"))
     assert all(float(a) > float(b) for a, b in zip(ddim[2:], dpm[2:], strict=True))
 

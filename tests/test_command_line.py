@@ -196,9 +196,9 @@ def test_show_of_lesson_3_on_few_pictures(lesson3, nothing_loaded, run, tmp_path
     folder = write_pictures(tmp_path / "squares", 3, 20)  # six of them are held out
     output, _ = run(lesson3, "--show", "--data-dir", folder, "--out", tmp_path)
     assert tools.load_images("train", 1)[1] == "squares"
-    drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "10_sampling", "11_few_steps", "12_muon"]
+    drawn = ["01_order", "05_skips", "06_noise", "07_preconditioning", "10_sampling", "11_few_steps", "13_muon"]
     pictures = sorted((tmp_path / "lesson").iterdir())
-    assert [path.stem for path in pictures] == [*drawn, "13_training"]
+    assert [path.stem for path in pictures] == [*drawn, "14_training"]
     assert re.findall(r"^wrote (.+)$", output, re.M) == [str(path) for path in pictures]
 
 

@@ -137,6 +137,17 @@ def test_eight_guided_steps_end_at_the_same_image(lesson3, lesson4, redraw, comp
         compare(f"eight guided steps, {method}", torch.stack([x for _, x, _ in states]), expected, 1e-8)
 
 
+def test_flow_matching_is_ddim_in_another_coordinate(lesson3, compare):
+    images, noise, sigmas = normal(40, 1, 4, 6), normal(3, 1, 4, 6), lesson3.noise_levels(9)
+    times = [sigma / (1 + sigma) for sigma in sigmas]
+    assert times[0] == pytest.approx(80 / 81)
+    states = list(lesson3.sample_flow(lesson3.ideal_denoiser(images), noise, times))
+    expected = reference.sample_flow(partial(reference.ideal_denoiser, images=images.numpy()), noise.numpy(), times)
+    compare("flow", torch.stack([z for _, z in states]), np.stack(expected), 1e-10)
+    ddim = torch.stack([x for _, x, _ in lesson3.sample(lesson3.ideal_denoiser(images), noise, sigmas, "ddim")])
+    compare("DDIM", torch.stack([z / (1 - t) for t, z in states]), ddim, 1e-10)
+
+
 def test_gradients(lesson4, redraw):
     """Of the inputs and of every parameter, against differences of the outputs."""
     network = redraw(lesson4.CondUNet(1, (4, 8), 1, 2, [1], 4, 3).double())
