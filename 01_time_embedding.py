@@ -19,11 +19,12 @@ import lesson_tools as tools
 
 # %% 1. A clock
 # One diffusion network removes noise at every level, and what it must do depends on the level. So it gets a time step,
-# from 0 to 999 (Ho et al. 2020; section 12 of 03 says what other networks get). At step 0 the noise has a strength of
-# 0.010, at step 10 of 0.047. Both are nearly invisible, but to find noise that it can hardly see, the network must
-# amplify: a hundredfold at step 0, only twenty-fold at step 10. As a single number, though, 10 is nearly the same as 0:
-# a hundredth of the way from the first time to the last. To treat the two very differently, a network needs very large
-# weights, and learns them slowly (Tancik et al. 2020).
+# from 0 to 999 (Ho et al. 2020; section 12 of 03 shows what other networks get). On pixels from -1 to 1, the noise has
+# a standard deviation of 0.010 at step 0 and of 0.047 at step 10. Both are nearly invisible, yet the network's answer
+# is that noise at standard deviation 1: it must amplify a hundredfold at step 0, but only twentyfold at step 10.
+#
+# As a single number, though, 10 is almost 0: it lies a hundredth of the way from the first time to the last. To treat
+# the two very differently, a network needs very large weights, and learns them slowly (Tancik et al. 2020).
 #
 # Clocks solved this long ago. The second hand tells neighbouring moments apart, the hour hand tells three from nine,
 # and no hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its
@@ -84,9 +85,9 @@ def show_steps():
 
 
 # %% 3. What the clock buys, and what it costs
-# The fast hands keep near times apart, by a good part of the distance from the first time to the last. The price is at
-# the other end: far times lose their order. Seen from 370, the embedding of 500 is even farther away than that of 0,
-# though as numbers 0 is three times as far. The slow hands know better, but the network has to listen to them.
+# Fast hands keep near times apart, by a good part of the distance from the first time to the last. The price: far times
+# lose their order. From 370, the embedding of 500 is even farther away than that of 0, although as a number 0 is almost
+# three times as far away. The slow hands know better, but the network must learn to attend to them.
 def distances(rows, origin):
     """How far each row is from row `origin`, in units of the distance from first to last: `(n, columns)` -> `(n,)`."""
     return (rows - rows[origin]).norm(dim=1) / (rows[-1] - rows[0]).norm()
@@ -99,23 +100,24 @@ def show_distances():
     for name, distance in lines.items():
         print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    said = f"(380 is {ratio:.0f} times as far from 370 as it is as one number; 500 is farther than 0)"
-    title = f"The embedding spreads near times, and mixes up far ones\n{said}"
+    said = f"(380 lies {ratio:.0f} times as far from 370 as it does in a single number; 500 lies farther than 0)"
+    title = f"The embedding spreads near times and mixes up far ones\n{said}"
     return tools.plot_curves(title, t, lines, xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
 
 
 # %% 4. max_period must fit the range of t
-# It says how slow the slowest hand is, whose full turn takes 2π · max_period. If it is small for the range of t, even
-# that hand goes round more than once. No single hand tells early from late then; all hands together do, but no longer
-# in a simple way: a linear layer can't read t from them (R² below). If it is large, the slow hands hardly leave their
-# place: their columns barely vary, and a network can only amplify them with large weights. So the rule is a max_period
-# about as large as the range of t.
+# It sets the speed of the slowest hand, whose full turn takes 2π · max_period. If max_period is small for the range of
+# t, even that hand goes round more than once, and no single hand tells early from late. All hands together still do,
+# but not in a simple way: a linear layer can't read t from them (R² below; 1 is perfect).
+#
+# If it is large, the slow hands hardly move: their columns barely vary, and a network needs large weights to use them.
+# Rule of thumb: make max_period about as large as the range of t.
 #
 # The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017); diffusion models kept it for t = 0,
 # 1, ..., 999. So does the lecture, though its conditional model (notebook 28) feeds in t from 0 to 1, and most columns
-# barely vary. Whether another one would be better is "worth an experiment", it says, and doesn't make it.
+# barely vary. Another value is "worth an experiment", the lecture says, but it doesn't run one.
 def linear_fit(matrix, t):
-    """R²: how much of the variance of t `(n,)` is a linear function of the columns of matrix `(n, columns)`."""
+    """R² of the best linear prediction of t `(n,)` from the columns of matrix `(n, columns)`; 1 is perfect."""
     columns = torch.cat([matrix, torch.ones(len(t), 1)], dim=1).double()  # with a constant
     rest = t - columns @ torch.linalg.lstsq(columns, t[:, None].double(), driver="gelsd").solution[:, 0]
     return float(1 - rest.var() / t.var())
@@ -130,7 +132,7 @@ def show_max_period():
         axis.imshow(matrix.T.numpy(), aspect="auto", vmin=-1, vmax=1, extent=(0, last, 15.5, -0.5))
         still = int((matrix.amax(dim=0) - matrix.amin(dim=0) < 0.02).sum())  # less than 1 % of a swing from -1 to 1
         print(f"   t from 0 to {last}, max_period {max_period}: {still} of 16 columns barely vary;", end=" ")
-        print(f"a linear layer finds t with R² {linear_fit(matrix, t):.2f}")
+        print(f"a linear layer reads t with R² {linear_fit(matrix, t):.2f}")
         axis.set(xlabel="t", title=f"max_period {max_period}:\n{still} of 16 still")
     axes[0].set_ylabel("column")
     figure.suptitle("max_period too small: no slow columns; too large: still ones")

@@ -20,9 +20,10 @@ import lesson_tools as tools
 
 
 # %% 1. Why: the rabbit's ear
-# One ear of a rabbit is brown. How does the other ear, on the far side of the image, get the same brown? A convolution
-# of 3×3 pixels carries it one pixel per layer. The gradient shows what an output pixel depends on (here, one inside a
-# garment). It is exactly zero for every input pixel outside the output pixel's receptive field.
+# One ear of a rabbit is brown. How does the other ear, on the far side of the image, get the same brown? A 3×3
+# convolution carries it one pixel per layer. The gradient shows what an output pixel depends on: it is exactly zero for
+# every input pixel outside the output pixel's receptive field. (There is no rabbit in our data, so we take a pixel
+# inside a garment.)
 #
 # Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; (h w) is one axis.
 def input_gradient(layer, x, row, column):
@@ -44,18 +45,19 @@ def show_reach():
         seen = gradient.count_nonzero().item()
         print(f"   {n} convolutions: the output pixel depends on {seen} of {gradient.numel()} pixels")
         pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
-        titles.append(f"{n} × 3×3\n{seen} pixels")
-    title = f"Convolutions see one pixel farther per layer\n(gradient of one output pixel, log scale; {name})"
+        titles.append(f"{n} layers\n{seen}")
+    said = f"(gradient of one output pixel, log scale; above it: how many pixels it depends on; {name})"
+    title = f"3×3 convolutions see one pixel farther per layer\n{said}"
     return tools.plot_grid(title, torch.stack(pictures), 5, titles=titles)
 
 
 # %% 2. Attention: the original value plus a weighted average
-# Attention works on a sequence of tokens, which are vectors. Each token has three more vectors: a query (what it looks
-# for), a key (what it offers) and a value (what it hands over). How well a query fits a key is their dot product, the
-# score. Softmax turns the scores of one query into weights, and the token gets the average of all values with these
-# weights. It adds that to itself: "the original value plus a weighted average", as the lecture puts it.
+# Attention works on a sequence of tokens, which are vectors. From each token, three linear layers make a query (what it
+# looks for), a key (what it offers) and a value (what it hands over). How well a query fits a key is their dot product,
+# the score. Softmax turns a query's scores into weights, and the token gets the average of all values with these
+# weights. It adds the average to itself: "the original value plus a weighted average", as the lecture puts it.
 #
-#     softmax(Q Kᵀ / √d) V        s tokens, each d wide; `.mT` swaps the last two axes
+#     softmax(Q Kᵀ / √d) V        row i of Q, K, V: token i; s tokens, each d wide; `.mT` swaps the last two axes
 def attention_weights(q, k):
     """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i attends to every token, and
     sums to 1 (Vaswani et al. 2017, section 3.2.1)."""
@@ -68,13 +70,13 @@ def attention(q, k, v):
     return attention_weights(q, k) @ v
 
 
-# Three tokens, which say how much ear, grass, brown and green they hold. Both ears have a key that says "ear", but only
-# the left one has a colour. So the right ear asks for an ear with a colour, and gets most of its average from there.
-# (The projections are made up, from ones and zeros. In a layer they are learned.)
+# Three tokens: their four numbers say how much ear, grass, brown and green each contains. Both ears offer "ear", but
+# only the left one has a colour. So the right ear's query asks for an ear with a colour, and most of its average comes
+# from there. (These projections are made up, from ones and zeros. A layer learns them.)
 TOKENS, FEATURES = ("left ear", "right ear", "grass"), ("ear", "grass", "brown", "green")
 X = torch.tensor([[2.0, 0, 2, 0], [2, 0, 0, 0], [0, 2, 0, 2]])  # s d
-TO_Q = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 0, -1, 0], [0, 0, -1, 0]])  # the third: is a colour missing?
-TO_K = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]])  # the third: is there a colour?
+TO_Q = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 0, -1, 0], [0, 0, -1, 0]])  # third column: is a colour missing?
+TO_K = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]])  # third column: is there a colour?
 TO_V = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])  # the colour
 
 
@@ -100,9 +102,9 @@ def show_tokens():
 
 
 # %% 3. Why softmax
-# The scores themselves could be the weights. But softmax's weights are positive and sum to one, which keeps every
-# average between the smallest and the largest value of its channel. So however many layers follow each other, it is not
-# the averaging that makes activations run away.
+# Why not use the scores themselves as weights? Softmax's weights are positive and sum to one, so every average stays
+# between the smallest and the largest value of its channel. However many layers we stack, the averaging never makes
+# activations blow up.
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -110,7 +112,7 @@ def show_average():
     weights, averages = attention_weights(q, k), attention(q, k, v)  # s s; s d
     sums = (q @ k.mT / math.sqrt(16)) @ v  # s d
     print(f"   q, k, v {tuple(q.shape)} -> weights {tuple(weights.shape)} -> averages {tuple(averages.shape)}")
-    print(f"   rows sum to one, up to {(weights.sum(dim=-1) - 1).abs().max():.0e}; least weight {weights.min():.0e}")
+    print(f"   rows sum to one within {(weights.sum(dim=-1) - 1).abs().max():.0e}; smallest weight {weights.min():.0e}")
     for name, part in {"values": v, "averages": averages, "sums with the scores as weights": sums}.items():
         print(f"   channel 0 of the {name}: from {part[:, 0].min():.1f} to {part[:, 0].max():.1f}")
 
@@ -124,10 +126,10 @@ def pixel_attention(x):
     return averages.mT.unflatten(2, x.shape[2:])  # n c h w
 
 
-# Nothing needs to be learned for a first look. Let the token of a pixel be the 5×5 patch around it, and query = key =
-# token: those score highest that look alike, wherever they are (compare non-local means, Buades et al. 2005). The
-# patches are normalised first, or the one with the largest numbers would score highest. A flat patch becomes zero: all
-# its scores are equal, and it attends to everything evenly.
+# We don't need to learn anything for a first look. Let a pixel's token be the 5×5 patch around it, and query = key =
+# token: patches that look alike get the highest scores, wherever they are (compare non-local means, Buades et al.
+# 2005). We normalise the patches first, or the one with the largest numbers would always win. A flat patch becomes
+# zero: all its scores are equal, and it attends evenly to everything.
 def patch_tokens(images):
     """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, 25)`. Outside is background."""
     patches = F.unfold(F.pad(images, [2] * 4, value=-1), 5).mT  # n (h w) 25
@@ -160,11 +162,12 @@ def show_one_pixel():
 
 
 # %% 5. What flattening loses
-# Attention comes from language, where tokens stand in a row. Flattening an image for it is a hack, as the lecture says,
-# and known not to be the best one can do. What is lost is which tokens were neighbours. Attention is
-# permutation-equivariant: permuting its input permutes its output and does nothing else. A U-Net can live with that,
-# because the convolutions around the attention have put something of its neighbourhood into each pixel. A transformer
-# (section 14) needs a positional encoding: a vector for each position.
+# Attention comes from language models, whose tokens really form a sequence. Flattening an image into one is a hack, as
+# the lecture says, and known not to be the best way. It loses which tokens were neighbours, because attention is
+# permutation-equivariant: if you permute its input, its output is permuted in the same way, and nothing else changes.
+#
+# A U-Net can live with that: the convolutions around the attention have put some of its neighbourhood into each pixel.
+# A transformer (section 14) needs a positional encoding, a vector for each position.
 def permute_pixels(x, order):
     """Pixel i of the result is pixel order[i] of x `(n, c, h, w)`, counted row after row."""
     return x.flatten(2)[:, :, order].unflatten(2, x.shape[2:])
@@ -214,8 +217,9 @@ def show_division():
 
 
 # %% 7. A layer
-# A layer is a group norm, so that scores don't grow with x (03 says why this norm); three learned projections of the
-# same tokens (hence *self*-attention), the queries, keys and values; attention; an output projection; a residual.
+# A layer starts with a group norm, so that scores don't grow with x (section 2 of 03 says why this norm). Three learned
+# projections of the same tokens, hence *self*-attention, give queries, keys and values. Then come attention, an output
+# projection and a residual.
 class SelfAttention(nn.Module):
     """Every pixel attends to all pixels, and adds the average to itself. Activations `(n, c, h, w)` in and out (Ho et
     al. 2020, appendix B)."""
@@ -234,9 +238,8 @@ class SelfAttention(nn.Module):
         return x + self.proj(attended).mT.unflatten(2, x.shape[2:])  # n c h w
 
 
-# Three projections of the same tokens are one with three times as many outputs, whose result is cut into three
-# (`chunk`): a single large matrix product keeps a computer busier than three small ones. From section 10 on, that is
-# how we do it.
+# Three projections of the same tokens are one projection with three times as many outputs; `chunk` cuts the result into
+# three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
 # The lecture looks at the standard deviation after its layer. In a new one, scores are small and weights nearly even,
 # and an average of many values varies much less than they do (what is left is mostly the biases). So the branch adds
@@ -258,17 +261,19 @@ def show_layer():
 
 # %% 8. Several heads, by hand
 # One set of weights gives a token one average. Several heads give it several: each head has its own queries, keys and
-# values, d = c / heads wide, projected from *all* channels. The averages are concatenated. The lecture does it with two
-# more lines: it folds the heads into the batch, as if each head were an image, attends, and unfolds them.
+# values, d = c / heads wide, projected from *all* channels. The averages are concatenated. It takes the lecture two
+# more lines of code: one folds the heads into the batch, as if each head were an image; the other unfolds them.
 def heads_to_batch(tokens, heads):
     """`(n, s, c)` to `(n heads, s, c / heads)`."""
     n, s, c = tokens.shape
+    # n s c -> n s heads d -> n heads s d -> (n heads) s d
     return tokens.view(n, s, heads, c // heads).transpose(1, 2).reshape(n * heads, s, c // heads)
 
 
 def batch_to_heads(tokens, heads):
     """The way back: `(n heads, s, d)` to `(n, s, heads d)`."""
     folded, s, d = tokens.shape
+    # (n heads) s d -> n heads s d -> n s heads d -> n s (heads d)
     return tokens.view(folded // heads, heads, s, d).transpose(1, 2).reshape(folded // heads, s, heads * d)
 
 
@@ -286,10 +291,11 @@ def show_heads():
 
 
 # %% 9. rearrange
-# To read `view(...).transpose(1, 2).reshape(...)` one has to keep count of the axes. `view` moves no axis at all,
-# `transpose` moves them by number; rearrange moves them by name. So it can be read, and it can check its input.
-# Brackets on the left split an axis (give the sizes of its parts, all but one), on the right they join axes; the last
-# name in them runs fastest. Each entry: a shape, rearrange's arguments, the same by hand.
+# To read `view(...).transpose(1, 2).reshape(...)`, you have to keep count of the axes. `view` moves no axis;
+# `transpose` moves axes by number, `rearrange` by name. So you can read it, and it can check its input.
+#
+# Brackets on the left split an axis (give the sizes of all its parts but one), brackets on the right join axes; the
+# last name in brackets varies fastest. Each entry: a shape, rearrange's arguments, the same by hand.
 TOKEN_SHAPE, IMAGE_SHAPE = (2, 64, 32), (2, 32, 8, 8)
 EXAMPLES = [
     (TOKEN_SHAPE, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
@@ -324,9 +330,9 @@ def show_rearrange():
 
 
 # %% 10. The layer with heads
-# The heads may also keep an axis of their own: the product of matrices takes all axes before the last two as a batch.
-# (The lecture splits off the heads before q, k and v, so the rows of its weights stand in another order; ours is that
-# of PyTorch's class.)
+# The heads can also keep an axis of their own: matrix multiplication treats all axes before the last two as a batch.
+# (The lecture splits off the heads first, and q, k and v second, so the rows of its weights come in another order. Ours
+# is the order of PyTorch's class.)
 class MultiHeadSelfAttention(nn.Module):
     """Every token attends to all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
@@ -396,9 +402,9 @@ def show_block():
 # Its values are linear in the pixel, so both ears write into the same channels, and about half of the answer is lost.
 # Two heads look at one ear each.
 #
-# That holds while the values are linear in the pixel. Behind a nonlinear layer an ear could write into channels of its
-# own: with 96 hidden channels, one of two trainings of 1,000 steps found that out (an error of 0.002, the other 0.49).
-# Two heads need no such luck.
+# This holds as long as the values are linear in the pixel. After a nonlinear layer, each ear could write into channels
+# of its own: with 96 hidden channels, one of two runs of 1,000 steps learned that (error 0.002; the other, 0.49). Two
+# heads don't need such luck.
 SIDE, PATTERN = 5, 6
 
 
@@ -417,7 +423,7 @@ def ear_error(model, images, answers):
 
 
 def train_ears(heads, steps=200):
-    """A model that has learned to answer."""
+    """A model trained to give the patterns of both ears at every pixel."""
     torch.manual_seed(0)
     layers = nn.Conv2d(PATTERN + 2, 24, 1), AttentionBlock(24, heads), nn.Conv2d(24, 2 * PATTERN, 1)
     model = nn.Sequential(*layers)
@@ -559,8 +565,8 @@ def show_cost():
 # %% 14. Transformers
 # Attention carries information from token to token; what a token makes of it is the work of a small network, the same
 # for all tokens. The two in turn, each with a norm and a residual, are a transformer. LayerNorm normalises each token
-# by itself. The middle of a U-Net could be a row of such blocks, says the lecture: of pixels, it is the same function
-# as PyTorch's `nn.TransformerEncoder`.
+# by itself. The lecture suggests a stack of such blocks for the middle of a U-Net, with pixels as tokens. Ours is the
+# same function as PyTorch's `nn.TransformerEncoder`.
 class TransformerBlock(nn.Module):
     """Tokens `(n, s, c)` in and out. Raises ValueError if heads doesn't divide channels.
 
@@ -580,7 +586,7 @@ class TransformerBlock(nn.Module):
 
 
 def to_torch_encoder(blocks):
-    """`nn.TransformerEncoder` with the weights of our transformer blocks, a list."""
+    """PyTorch's `nn.TransformerEncoder` with the weights of a list of our TransformerBlocks."""
     heads, channels = blocks[0].attention.heads, blocks[0].norm1.normalized_shape[0]
     options = {"dropout": 0, "activation": "gelu", "batch_first": True, "norm_first": True}
     layer = nn.TransformerEncoderLayer(channels, heads, 4 * channels, **options)
@@ -623,12 +629,15 @@ class VisionTransformer(nn.Module):
         return self.classify(self.encode(x).mean(dim=1))  # n s c -> n c -> n n_classes
 
 
-# There is a learned vector for each of 49 patches, and for no other: a model trained on 28 × 28 pixels can't take 32 ×
-# 32, as the error below says. And what a convolution has built in, that neighbours belong together, a transformer has
-# to find out from its data. So it is pre-trained: with 300 million labelled images it passed the convolutional nets of
-# its day (Dosovitskiy et al. 2021). It can also learn without labels, to fill in hidden patches (Xie et al. 2022). With
-# few labelled garments it falls behind a convolutional net of as many parameters; pre-trained so on all 60,000, it
-# makes up for four fifths of the gap where 600 have labels, and for half of it where 2,400 or 9,600 have
+# The model has 49 learned position vectors, one for each patch of 28 × 28 pixels. So it can't take 32 × 32 pixels, as
+# the error below says: those have 64 patches.
+#
+# A convolution has built in that neighbours belong together; a transformer has to learn it from data. So it is
+# pre-trained: with 300 million labelled images it passed the convolutional nets of its day (Dosovitskiy et al. 2021).
+# It can also learn without labels, by filling in hidden patches (Xie et al. 2022).
+#
+# With few labelled garments it falls behind a convolutional net with as many parameters. Pre-trained without labels on
+# all 60,000, it closes four fifths of the gap if 600 have labels, and half of it if 2,400 or 9,600 have
 # (docs/data_efficiency.png, by tests/measure_data_efficiency.py).
 @tools.section
 def show_transformer():
@@ -649,13 +658,13 @@ def show_transformer():
     pixels = rearrange(torch.randn(2, 32, 7, 7), "n c h w -> n (h w) c")
     middle = nn.Sequential(*(TransformerBlock(32, heads=4) for _ in range(3)))
     error = relative_error(to_torch_encoder(list(middle))(pixels), middle(pixels))
-    print(f"   three blocks for the middle of a U-Net, and nn.TransformerEncoder: off by {error:.0e}")
+    print(f"   three blocks, as for the middle of a U-Net, and nn.TransformerEncoder: off by {error:.0e}")
 
 
 # %% 15. Attention elsewhere: prompts, masks, positions
-# Let the queries come from the image's pixels, and keys and values from the words of a prompt: that is cross-attention.
-# The shape of the weights says it all: a row for each pixel, a column for each word. It is how a prompt enters Stable
-# Diffusion's U-Net (Rombach et al. 2022).
+# If the queries come from the pixels of an image, and the keys and values from the words of a prompt, that is
+# cross-attention. The weights are no longer square: a row for each pixel, a column for each word. This is how a prompt
+# enters Stable Diffusion's U-Net (Rombach et al. 2022).
 class CrossAttention(nn.Module):
     """Tokens `(n, s, channels)` attend to words `(n, words, word_channels)`; the result is `(n, s, channels)`."""
 
@@ -671,11 +680,13 @@ class CrossAttention(nn.Module):
         return self.proj(rearrange(attention(q, k, v), "n heads s d -> n s (heads d)"))
 
 
-# A language model writes one word after another, so a token must not attend to later ones: a causal mask makes their
-# scores minus infinity. And as attention knows no order, a transformer adds a positional encoding to its tokens: the
-# sines of 01 (Vaswani et al. 2017), or learned vectors as in section 14.
+# A language model writes one word at a time, so no token may attend to later ones. A causal mask sets their scores to
+# minus infinity, and softmax makes that a weight of zero.
+#
+# Attention knows no order, so a transformer adds a positional encoding to its tokens: the sines and cosines of 01
+# (Vaswani et al. 2017), or learned vectors as in section 14.
 def causal_attention(q, k, v):
-    """Attention of each token to itself and to earlier ones: `(..., s, d)`, three times, to `(..., s, d)`."""
+    """Each token attends to itself and to earlier ones: queries, keys and values `(..., s, d)` to `(..., s, d)`."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s
     later = torch.ones_like(scores, dtype=torch.bool).triu(1)  # above the diagonal
     return scores.masked_fill(later, -torch.inf).softmax(dim=-1) @ v
@@ -685,14 +696,14 @@ def causal_attention(q, k, v):
 def show_elsewhere():
     torch.manual_seed(0)
     layer, pixels, words = CrossAttention(32, 48, heads=4), torch.randn(1, 64, 32), torch.randn(1, 5, 48)
-    weights = attention_weights(torch.randn(4, 64, 8), torch.randn(4, 5, 8))
+    q, k = torch.randn(4, 64, 8), torch.randn(4, 5, 8)  # queries of the pixels, keys of the words, for four heads
     print(f"   64 pixels {tuple(pixels.shape)} and 5 words {tuple(words.shape)} -> {tuple(layer(pixels, words).shape)}")
-    print(f"   its weights: {tuple(weights.shape)} for four heads")
+    print(f"   attention weights: {tuple(attention_weights(q, k).shape)} for four heads")
     sentence = torch.randn(1, 6, 8)
     changed = sentence.clone()
     changed[:, -1] += 1
     before, after = (causal_attention(x, x, x) for x in (sentence, changed))
-    print(f"   another last word changes earlier tokens by {relative_error(after[:, :-1], before[:, :-1]):g}")
+    print(f"   changing the last word changes earlier tokens by {relative_error(after[:, :-1], before[:, :-1]):g}")
 
 
 # %% 16. Attention can be a convolution

@@ -153,11 +153,11 @@ class Saved:
         return saved
 
 
-# The lecture's second way needs no inheritance: a function wraps the module's `forward`. It works on any module that is
-# there already, and it is shorter. But a deep copy of the module still calls the first one's forward, with the first
-# one's weights; and we copy our networks, for the average. So we stay with the mix-in.
+# The lecture's second way needs no inheritance: a function wraps the module's `forward`. It is shorter, and it works on
+# any existing module. But a deep copy of the module still calls the original's forward, with the original's weights,
+# and we do copy our networks, to average the weights. So we stay with the mix-in.
 def saved(module):
-    """The same module, which from now on keeps its output in `module.saved`."""
+    """Make a module keep its output in `module.saved` from now on. Returns the module."""
     forward = module.forward
 
     @functools.wraps(forward)
@@ -192,15 +192,15 @@ def show_saved():
     twin = zero_(copy.deepcopy(wrapped))
     y = wrapped(x)
     print(f"   saved(conv): saves {tuple(wrapped.saved.shape)}")
-    print(f"      its copy, all weights zero, still gives the output of the first: {torch.equal(twin(x), y)}")
+    print(f"      a copy with all weights zero still gives the output of the first: {torch.equal(twin(x), y)}")
 
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: blocks, and convolutions of stride 2, which halve height and width, so a 3×3 convolution sees ever more of the
 # garment. A level has a quarter of the pixels of the one above and twice the channels, so all levels cost about the
-# same. (The stride is inherited from DDPM's code. Nobody should assume that it is optimal, says the lecture: there are
-# hardly any ablations.) (The 32 to 256 channels below are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of
-# diffusers' UNet2DModel. `--no-time --preset lecture` trains this one.)
+# same. (The stride of 2 comes from DDPM's code. Don't assume that it is optimal, says the lecture: there are hardly any
+# ablations. The 32 to 256 channels below are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of diffusers'
+# UNet2DModel. `--no-time --preset lecture` trains this one.)
 #
 # Up: the same in reverse. Each block gets the activations from below, concatenated with those saved at its size on the
 # way down. Each level has one extra block here, because it saved one more activation than it has blocks.
@@ -713,15 +713,22 @@ def show_few_steps():
 
 
 # %% 12. One path in three coordinates: DDPM, EDM, flow matching
-# Not in the lecture, but in everything since. DDPM (Ho et al. 2020) counts steps, and says how much of the image's
-# variance is left: ᾱ, in √ᾱ x0 + √(1 - ᾱ) noise. EDM says how strong the noise is: sigma. Flow matching (Lipman et al.
-# 2023) goes straight from the image, t = 0, to the noise, t = 1: z = (1 - t) x0 + t noise. It is the same path: divide
-# by the factor of x0, and all three are x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t).
+# Not in the lecture, but in much that came later. DDPM (Ho et al. 2020) counts steps; its noisy image is √ᾱ x0 +
+# √(1 - ᾱ) noise, and ᾱ says how much of the image's variance is left. EDM's is x0 + sigma noise; sigma says how strong
+# the noise is. Flow matching (Lipman et al. 2023) goes straight from the image, t = 0, to the noise, t = 1: its noisy
+# image is z = (1 - t) x0 + t noise.
 #
-# The velocity of z is noise - x0, and a straight step along it, Euler's, *is* DDIM's step.
+# All three follow the same path. Divide by the factor of x0, and each is x0 + sigma noise, with ᾱ = 1 / (1 + sigma²)
+# and sigma = t / (1 - t).
+#
+# The velocity of z is noise - x0, and one straight step along it (Euler's) *is* DDIM's step: both keep the predicted
+# image and the predicted noise, and mix them anew.
 @torch.no_grad()
 def sample_flow(denoise, noise, times):
-    """Yield (t, z) at each of the falling times, which end with 0; the first z is t noise (Lipman et al. 2023)."""
+    """Yield (t, z) at each time; the first z is times[0] * noise (Lipman et al. 2023).
+
+    times: falling, from below 1 (at 1, z / (1 - t) would divide by zero) to 0.
+    """
     z = times[0] * noise
     for t, t_next in pairwise(times):
         yield t, z
@@ -733,6 +740,7 @@ def sample_flow(denoise, noise, times):
 @tools.section
 def show_coordinates():
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # ᾱ of DDPM's thousand steps
+    # the last two columns are the times these networks get: 2/π atan(sigma / 2), and c_noise (section 7)
     print("     sigma        ᾱ        t   DDPM's step   notebook 28's time   time of our network")
     for sigma in (0.01, 0.047, 0.5, 1, 5, 80):
         step = np.abs(np.log(1 / kept - 1) / 2 - np.log(sigma)).argmin()  # the nearest

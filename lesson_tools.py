@@ -113,7 +113,7 @@ def plot_image(axes, image, title, **options):
 
 
 def plot_matrix(axes, matrix, title, rows=(), columns=(), cmap="Greys", digits=0):
-    """A matrix `(rows, columns)` as a table of its numbers, darker for larger ones; rows and columns have names."""
+    """Draw a matrix as a table of its numbers, on a darker ground for larger ones. rows, columns: their names."""
     axes.imshow(matrix.numpy(), cmap=cmap, vmin=0, vmax=2 * max(1e-6, matrix.max().item()), aspect="auto")
     for (row, column), value in np.ndenumerate(matrix.numpy()):
         axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=12)

@@ -64,7 +64,7 @@ def cross_attention(tokens, words, parameters, heads):
 
 
 def causal_attention(q, k, v):
-    """Queries, keys and values, each (tokens, d) -> (tokens, d): each token attends to those up to itself only."""
+    """Queries, keys and values, each (tokens, d) -> (tokens, d): each token attends only to itself and earlier ones."""
     averages = np.empty_like(v)
     for i in range(len(q)):
         averages[i] = attention(q[i : i + 1], k[: i + 1], v[: i + 1])[0]

@@ -108,8 +108,8 @@ def sample_heun(denoise, noise, sigmas):
 
 
 def sample_flow(denoise, noise, times):
-    """Flow matching: z = (1 - t) x0 + t noise moves by noise - x0 as t grows (Lipman et al. 2023). times fall to 0; it
-    returns z at each of them."""
+    """Flow matching: as t grows, z = (1 - t) x0 + t noise moves at the velocity noise - x0 (Lipman et al. 2023).
+    times: falling to 0. Returns z at each of them."""
     states = [times[0] * noise]
     for i in range(len(times) - 1):
         z, t = states[-1], times[i]

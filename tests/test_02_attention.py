@@ -74,7 +74,7 @@ def test_weights_and_averages_equal_numpy(dtype, tolerance):
 
 # 2. The tokens' numbers
 def test_a_pocket_calculator_gets_the_next_number_from_the_digits_shown(capsys):
-    """In the picture: whole numbers, then weights with three digits, averages and sums with two."""
+    """The picture shows whole numbers, then weights with three decimals, averages and sums with two."""
     figure = lesson.show_tokens()
     shown = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     plt.close(figure)

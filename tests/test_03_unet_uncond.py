@@ -77,7 +77,7 @@ def test_saved_in_front_of_a_class_changes_nothing_but_saves(lesson3):
 
 
 def test_the_function_saves_too_but_its_copies_share_the_weights(lesson3):
-    """So the average of our networks needs the mix-in."""
+    """The averaged network is a deep copy, so our networks need the mix-in."""
     x = noisy(1, 2, 5, 5)
     for make in (lesson3.SavedConv, lambda *sizes: lesson3.saved(nn.Conv2d(*sizes))):
         conv = make(2, 3, 3)
