@@ -663,28 +663,15 @@ def show_transformer():
 
 # %% 15. Attention elsewhere: prompts, masks, positions
 # If the queries come from the pixels of an image, and the keys and values from the words of a prompt, that is
-# cross-attention. The weights are no longer square: a row for each pixel, a column for each word. This is how a prompt
-# enters Stable Diffusion's U-Net (Rombach et al. 2022).
-class CrossAttention(nn.Module):
-    """Tokens `(n, s, channels)` attend to words `(n, words, word_channels)`; the result is `(n, s, channels)`."""
-
-    def __init__(self, channels, word_channels, heads):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv = nn.Linear(channels, channels), nn.Linear(word_channels, 2 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, tokens, words):
-        q = rearrange(self.q(tokens), "n s (heads d) -> n heads s d", heads=self.heads)
-        k, v = rearrange(self.kv(words), "n words (two heads d) -> two n heads words d", two=2, heads=self.heads)
-        return self.proj(rearrange(attention(q, k, v), "n heads s d -> n s (heads d)"))
+# cross-attention. This is how a prompt enters Stable Diffusion's U-Net (Rombach et al. 2022).
+def cross_attention(pixels, words, to_q, to_k, to_v):
+    """Pixels `(n, s, c)` attend to words `(n, words, c_words)`, by weights `(n, s, words)`; to_…: linear layers."""
+    return attention(to_q(pixels), to_k(words), to_v(words))
 
 
 # A language model writes one word at a time, so no token may attend to later ones. A causal mask sets their scores to
-# minus infinity, and softmax makes that a weight of zero.
-#
-# Attention knows no order, so a transformer adds a positional encoding to its tokens: the sines and cosines of 01
-# (Vaswani et al. 2017), or learned vectors as in section 14.
+# minus infinity, which softmax makes a weight of zero. And as attention knows no order, a transformer adds a positional
+# encoding to its tokens: the sines and cosines of 01, or learned vectors as in section 14.
 def causal_attention(q, k, v):
     """Each token attends to itself and to earlier ones: queries, keys and values `(..., s, d)` to `(..., s, d)`."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s
@@ -694,16 +681,12 @@ def causal_attention(q, k, v):
 
 @tools.section
 def show_elsewhere():
-    torch.manual_seed(0)
-    layer, pixels, words = CrossAttention(32, 48, heads=4), torch.randn(1, 64, 32), torch.randn(1, 5, 48)
-    q, k = torch.randn(4, 64, 8), torch.randn(4, 5, 8)  # queries of the pixels, keys of the words, for four heads
-    print(f"   64 pixels {tuple(pixels.shape)} and 5 words {tuple(words.shape)} -> {tuple(layer(pixels, words).shape)}")
-    print(f"   attention weights: {tuple(attention_weights(q, k).shape)} for four heads")
-    sentence = torch.randn(1, 6, 8)
-    changed = sentence.clone()
-    changed[:, -1] += 1
-    before, after = (causal_attention(x, x, x) for x in (sentence, changed))
-    print(f"   changing the last word changes earlier tokens by {relative_error(after[:, :-1], before[:, :-1]):g}")
+    pixels, words, layers = torch.randn(64, 32), torch.randn(5, 48), [nn.Linear(size, 32) for size in (32, 48, 48)]
+    weights, result = attention_weights(layers[0](pixels), layers[1](words)), cross_attention(pixels, words, *layers)
+    print(f"   64 pixels and 5 words -> weights {tuple(weights.shape)} -> averages {tuple(result.shape)}")
+    x = torch.randn(6, 8)
+    before, after = (causal_attention(y, y, y)[:5] for y in (x, torch.cat([x[:5], x[5:] + 1])))
+    print(f"   changing the last word changes earlier tokens by {relative_error(after, before):g}")
 
 
 # %% 16. Attention can be a convolution
@@ -712,7 +695,7 @@ def show_elsewhere():
 # number so large that this pixel gets all the weight. (It is a dot product of position features:
 # -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the border there is no wanted pixel. Softmax would give the weight to the
 # nearest pixel, but a convolution finds a zero there. So we add a token of zeros, at a squared distance of 0.5: farther
-# than the wanted pixel, nearer than any other.
+# than the wanted pixel, closer than any other.
 #
 # Here the value of a pixel is *all* its channels, in every head. In section 10's layer nine heads would share them:
 # each could apply only a matrix of rank at most c / 9, and not every convolution consists of such matrices.

@@ -713,47 +713,37 @@ def show_few_steps():
 
 
 # %% 12. One path in three coordinates: DDPM, EDM, flow matching
-# Not in the lecture, but in much that came later. DDPM (Ho et al. 2020) counts steps; its noisy image is √ᾱ x0 +
-# √(1 - ᾱ) noise, and ᾱ says how much of the image's variance is left. EDM's is x0 + sigma noise; sigma says how strong
-# the noise is. Flow matching (Lipman et al. 2023) goes straight from the image, t = 0, to the noise, t = 1: its noisy
-# image is z = (1 - t) x0 + t noise.
-#
-# All three follow the same path. Divide by the factor of x0, and each is x0 + sigma noise, with ᾱ = 1 / (1 + sigma²)
-# and sigma = t / (1 - t).
+# Not in the lecture, but in much that came later. DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho
+# et al. 2020); EDM's is x0 + sigma noise; flow matching goes straight, z = (1 - t) x0 + t noise (Lipman et al. 2023).
+# Divide by the factor of x0, and all three are x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t).
 #
 # The velocity of z is noise - x0, and one straight step along it (Euler's) *is* DDIM's step: both keep the predicted
 # image and the predicted noise, and mix them anew.
 @torch.no_grad()
 def sample_flow(denoise, noise, times):
-    """Yield (t, z) at each time; the first z is times[0] * noise (Lipman et al. 2023).
-
-    times: falling, from below 1 (at 1, z / (1 - t) would divide by zero) to 0.
-    """
+    """Yield (t, z) at each of the times, which fall from below 1 to 0; the first z is times[0] * noise."""
     z = times[0] * noise
     for t, t_next in pairwise(times):
         yield t, z
-        x0_hat = denoise(z / (1 - t), t / (1 - t))
-        z = z + (t_next - t) * (z - x0_hat) / t  # (z - x0) / t is noise - x0
+        z = z + (t_next - t) * (z - denoise(z / (1 - t), t / (1 - t))) / t  # (z - x0) / t is noise - x0
     yield 0.0, z
 
 
 @tools.section
 def show_coordinates():
     kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # ᾱ of DDPM's thousand steps
-    # the last two columns are the times these networks get: 2/π atan(sigma / 2), and c_noise (section 7)
     print("     sigma        ᾱ        t   DDPM's step   notebook 28's time   time of our network")
     for sigma in (0.01, 0.047, 0.5, 1, 5, 80):
         step = np.abs(np.log(1 / kept - 1) / 2 - np.log(sigma)).argmin()  # the nearest
-        row = sigma, 1 / (1 + sigma**2), sigma / (1 + sigma), step, 2 / math.pi * math.atan(sigma / 2)
-        print("   {:7.3f}{:9.4f}{:9.4f}{:14d}{:21.3f}".format(*row), f"{TIME_SCALE * math.log(sigma) / 4:21.0f}")
-    images, _ = tools.load_images("train", 100)
+        print(f"   {sigma:7.3f}{1 / (1 + sigma**2):9.4f}{sigma / (1 + sigma):9.4f}{step:14d}", end="")
+        print(
+            f"{2 / math.pi * math.atan(sigma / 2):21.3f}{TIME_SCALE * math.log(sigma) / 4:22.0f}"
+        )  # c_noise, section 7
     torch.manual_seed(0)
-    denoise, noise, sigmas = ideal_denoiser(images.double()), torch.randn(4, 1, 28, 28).double(), noise_levels()
-    flow, ddim = (
-        sample_flow(denoise, noise, [sigma / (1 + sigma) for sigma in sigmas]),
-        sample_ddim(denoise, noise, sigmas),
-    )
-    apart = max((z / (1 - t) - x).abs().max() for (t, z), (_, x, _) in zip(flow, ddim, strict=True))
+    denoise, noise = ideal_denoiser(tools.load_images("train", 100)[0].double()), torch.randn(4, 1, 28, 28).double()
+    flow = sample_flow(denoise, noise, [sigma / (1 + sigma) for sigma in noise_levels()])
+    both = zip(flow, sample_ddim(denoise, noise, noise_levels()), strict=True)
+    apart = max((z / (1 - t) - x).abs().max() for (t, z), (_, x, _) in both)
     print(f"   Euler's steps in t and DDIM's in sigma: largest difference {apart:.0e}")
 
 

@@ -255,10 +255,10 @@ def show_line():
 
 
 # %% 5. How strong, and from when
-# While there is much noise, the network decides the rough shape of a garment and how light it is. If guided from the
-# start, the garments of a class become alike in both, and lighter. If guidance waits until the noise is down to 3, even
-# strong guidance leaves them as far apart as no guidance. (Measured in pixels, on only four garments of each class. Too
-# much guidance still makes only typical garments: docs/measurements.md.)
+# This was measured in pixels, on only four garments of each class. While there is much noise, the network decides the
+# rough shape of a garment and how light it is. If guided from the start, the garments of a class become alike in both,
+# and lighter. If guidance waits until the noise is down to 3, even strong guidance leaves them as far apart as no
+# guidance. (Too much guidance still makes only typical garments: docs/measurements.md.)
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()

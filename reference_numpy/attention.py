@@ -50,17 +50,13 @@ def attention_block(x, parameters, heads, groups=1):
     return y
 
 
-def cross_attention(tokens, words, parameters, heads):
-    """(s, c) and (words, d_words) -> (s, c): queries from the tokens, keys and values from the words."""
+def cross_attention(pixels, words, parameters):
+    """(s, c) and (words, c_words) -> (s, d): queries from the pixels, keys and values from the words."""
     p = parameters
-    q = tokens @ p["q.weight"].T + p["q.bias"]  # (s, c)
-    k, v = np.split(words @ p["kv.weight"].T + p["kv.bias"], 2, axis=1)  # (words, c) each
-    d = q.shape[1] // heads
-    averages = np.empty_like(q)
-    for head in range(heads):
-        columns = slice(head * d, (head + 1) * d)
-        averages[:, columns] = attention(q[:, columns], k[:, columns], v[:, columns])
-    return averages @ p["proj.weight"].T + p["proj.bias"]
+    q = pixels @ p["q.weight"].T + p["q.bias"]  # (s, d)
+    k = words @ p["k.weight"].T + p["k.bias"]  # (words, d)
+    v = words @ p["v.weight"].T + p["v.bias"]  # (words, d)
+    return attention(q, k, v)
 
 
 def causal_attention(q, k, v):

@@ -235,21 +235,24 @@ def test_vision_transformer_equals_numpy(redraw, dtype, tolerance, size, patch, 
 # 15. Elsewhere
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_cross_attention_equals_numpy_and_pytorch(redraw, dtype, tolerance):
-    for channels, heads, _, (n, words, s, word_channels) in shapes(20):
-        layer = redraw(lesson.CrossAttention(channels, word_channels, heads).to(dtype))
+    for channels, _, _, (n, words, s, word_channels) in shapes(20):
+        sizes = {"q": channels, "k": word_channels, "v": word_channels}
+        layers = redraw(nn.ModuleDict({name: nn.Linear(size, channels) for name, size in sizes.items()}).to(dtype))
         x, prompt = torch.randn(n, s, channels, dtype=dtype), torch.randn(n, words, word_channels, dtype=dtype)
         pairs = zip(x.double().numpy(), prompt.double().numpy(), strict=True)
-        expected = np.stack([reference.cross_attention(*pair, arrays(layer), heads) for pair in pairs])
-        assert_near(layer(x, prompt), expected, tolerance)
-        sizes = {"kdim": word_channels, "vdim": word_channels}
-        theirs = nn.MultiheadAttention(channels, heads, batch_first=True, **sizes).to(dtype)
-        key, value = layer.kv.weight.chunk(2)
-        state = {"q_proj_weight": layer.q.weight, "k_proj_weight": key, "v_proj_weight": value}
+        expected = np.stack([reference.cross_attention(*pair, arrays(layers)) for pair in pairs])
+        result = lesson.cross_attention(x, prompt, *layers.values())
+        assert_near(result, expected, tolerance)
+        theirs = nn.MultiheadAttention(channels, 1, batch_first=True, kdim=word_channels, vdim=word_channels).to(dtype)
+        weights = [layer.weight for layer in layers.values()]
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        state = dict(zip(names, weights, strict=True))
         if word_channels == channels:  # PyTorch has one matrix for all three then
-            state = {"in_proj_weight": torch.cat([layer.q.weight, layer.kv.weight])}
-        state["in_proj_bias"] = torch.cat([layer.q.bias, layer.kv.bias])
-        theirs.load_state_dict(state | {f"out_proj.{name}": p for name, p in layer.proj.state_dict().items()})
-        assert_near(layer(x, prompt), theirs(x, prompt, prompt)[0], tolerance)
+            state = {"in_proj_weight": torch.cat(weights)}
+        state["in_proj_bias"] = torch.cat([layer.bias for layer in layers.values()])
+        state |= {"out_proj.weight": torch.eye(channels), "out_proj.bias": torch.zeros(channels)}
+        theirs.load_state_dict(state)
+        assert_near(result, theirs(x, prompt, prompt)[0], tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
@@ -334,6 +337,6 @@ def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     with_positions, without, encoder = numbers(14, r" by (\S+)\n")
     assert with_positions > 1e-4 and without < 1e-5 and encoder < 1e-5
     assert "32 × 32 pixels: The size of tensor a (64) must match" in sections[14]
-    assert "(4, 64, 5) for four heads" in sections[15] and numbers(15, r"earlier tokens by (\S+)\n") == [0]
+    assert "weights (64, 5) -> averages (64, 32)" in sections[15] and numbers(15, r"earlier tokens by (\S+)\n") == [0]
     assert max(numbers(16, r"relative difference (\S+)")) < 1e-5
     assert numbers(16, r"(\d+)%") == [100, 100, 100, 100, 0, 0, 100, 0, 0]  # above, and to the left
