@@ -1,7 +1,8 @@
 """Lesson 1: a number becomes a vector.
 
-A diffusion network needs to know how noisy its input is. A single number is a poor way to tell it; a vector of sines
-and cosines, fast and slow, works better (Vaswani et al. 2017, section 3.5; lecture section "time embedding").
+A diffusion network needs to know how noisy its input is. A step number tells it badly, as neighbouring steps are nearly
+the same number; a vector of sines and cosines, fast and slow, tells near and far apart (Vaswani et al. 2017, section
+3.5; lecture section "time embedding").
 
     python 01_time_embedding.py [--out DIR]
 """
@@ -25,6 +26,10 @@ import lesson_tools as tools
 #
 # As a single number, though, 10 is almost 0: it lies a hundredth of the way from the first time to the last. To treat
 # the two very differently, a network needs very large weights, and learns them slowly (Tancik et al. 2020).
+#
+# (Not every network has this problem. That of 03 gets ln(sigma), which spreads the levels well, and doesn't have to
+# amplify. There, a single number instead of the embedding did as well in a short training: a loss of 0.40 with both, in
+# three runs each.)
 #
 # Clocks solved this long ago. The second hand tells neighbouring moments apart, the hour hand tells three from nine,
 # and no hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its
@@ -108,7 +113,7 @@ def show_distances():
 # %% 4. max_period must fit the range of t
 # It sets the speed of the slowest hand, whose full turn takes 2π · max_period. If max_period is small for the range of
 # t, even that hand goes round more than once, and no single hand tells early from late. All hands together still do,
-# but not in a simple way: a linear layer can't read t from them (R² below; 1 is perfect).
+# but not in a simple way: with 16 columns, a linear layer can't read t from them (R² below; 1 is perfect).
 #
 # If it is large, the slow hands hardly move: their columns barely vary, and a network needs large weights to use them.
 # Rule of thumb: make max_period about as large as the range of t.

@@ -41,7 +41,7 @@ def show_reach():
     convolutions = [nn.Conv2d(16, 16, 3, padding=1) for _ in range(14)]
     pictures, titles = [images[-1]], ["the image"]
     for n in (1, 2, 6, 14):
-        gradient = input_gradient(nn.Sequential(*convolutions[:n]), x, 12, 10)
+        gradient = input_gradient(nn.Sequential(*convolutions[:n]), x, 16, 14)
         seen = gradient.count_nonzero().item()
         print(f"   {n} convolutions: the output pixel depends on {seen} of {gradient.numel()} pixels")
         pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
@@ -103,8 +103,8 @@ def show_tokens():
 
 # %% 3. Why softmax
 # Why not use the scores themselves as weights? Softmax's weights are positive and sum to one, so every average stays
-# between the smallest and the largest value of its channel. However many layers we stack, the averaging never makes
-# activations blow up.
+# between the smallest and the largest value of its channel. (The sum of a token and its average can still double in
+# each layer. That is why a layer begins with a norm.)
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -140,7 +140,7 @@ def patch_tokens(images):
 def show_one_pixel():
     images, classes, name = tools.load_one_of_each()
     x, row, columns = nn.Conv2d(1, 16, 1)(images[-1:]), 18, torch.arange(28)
-    seen = input_gradient(pixel_attention, x, 12, 10).count_nonzero().item()
+    seen = input_gradient(pixel_attention, x, 16, 14).count_nonzero().item()
     print(f"   one layer of attention: an output pixel depends on {seen} of 784 pixels")
     flat = (patch_tokens(images).abs().amax(dim=-1) < 1e-3).float().mean()
     print(f"   {flat:.0%} of all patches are flat")
@@ -151,10 +151,11 @@ def show_one_pixel():
         tokens = patch_tokens(images[label, None])
         weights = attention_weights(tokens, tokens)[0, row * 28 + column].unflatten(0, (28, 28))  # h w
         distant = (columns - column).abs() > 5
-        share = weights[:, distant].sum()
-        print(f"   {classes[label]}: {share:.0%} is over five columns away: no 11 × 11 convolution gets there")
+        share, even = weights[:, distant].sum(), distant.float().mean()
+        print(f"   {classes[label]}: {share:.0%} is over five columns away, where no 11 × 11 convolution gets", end=" ")
+        print(f"(even weights: {even:.0%})")
         tools.plot_image(above, images[label, 0], classes[label])
-        tools.plot_image(below, weights, f"{share:.0%} is far away", cmap="gray_r")
+        tools.plot_image(below, weights, f"{share:.0%} far away (even: {even:.0%})", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
             axis.plot(column, row, "o", color=color, markerfacecolor="none", markersize=10)
     figure.suptitle(f"The marked pixel attends to lookalikes, near and far ({name})")
@@ -167,7 +168,7 @@ def show_one_pixel():
 # permutation-equivariant: if you permute its input, its output is permuted in the same way, and nothing else changes.
 #
 # A U-Net can live with that: the convolutions around the attention have put some of its neighbourhood into each pixel.
-# A transformer (section 14) needs a positional encoding, a vector for each position.
+# A transformer (section 14) needs a positional encoding, such as a vector for each position.
 def permute_pixels(x, order):
     """Pixel i of the result is pixel order[i] of x `(n, c, h, w)`, counted row after row."""
     return x.flatten(2)[:, :, order].unflatten(2, x.shape[2:])
@@ -199,7 +200,8 @@ def show_shuffled_pixels():
 # %% 6. Why the scores are divided by √d
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, it has
 # variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to one
-# winner. The closer softmax is to one-hot, the smaller its gradient, and the less queries and keys can learn.
+# winner. In a row that is nearly one-hot the gradient is nearly zero: what the token picked at random, it hardly
+# unlearns. The other rows get larger gradients than they should. Divided, both stay the same at every width.
 @tools.section
 def show_division():
     torch.manual_seed(0)
@@ -242,8 +244,9 @@ class SelfAttention(nn.Module):
 # three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
 # The lecture looks at the standard deviation after its layer. In a new one, scores are small and weights nearly even,
-# and an average of many values varies much less than they do (what is left is mostly the biases). So the branch adds
-# little, and the output nearly equals the input.
+# and an average of many independent pixels, as here, varies much less than they do (what is left is mostly the biases).
+# So the branch adds little, and the output nearly equals the input. (In a real image the pixels share a mean, and the
+# average keeps that: it varies two thirds as much as they do.)
 @tools.section
 def show_layer():
     torch.manual_seed(0)
@@ -404,7 +407,7 @@ def show_block():
 #
 # This holds as long as the values are linear in the pixel. After a nonlinear layer, each ear could write into channels
 # of its own: with 96 hidden channels, one of two runs of 1,000 steps learned that (error 0.002; the other, 0.49). Two
-# heads don't need such luck.
+# heads need less luck: of eight runs, seven learned it in 200 steps.
 SIDE, PATTERN = 5, 6
 
 
@@ -467,7 +470,7 @@ def to_torch_mha(layer):
 
 
 # PyTorch's class expects (s, n, c) unless batch_first=True says otherwise. Given (n, s, c), it can't see that anything
-# is wrong: it takes images for tokens and tokens for images. Each pixel then attends to the same pixel of the other
+# is wrong: it takes images for tokens and tokens for images. Each pixel then attends to the same pixel of all
 # images.
 @tools.section
 def show_torch():
@@ -489,7 +492,7 @@ def show_torch():
 # of an image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022)
 # computes a block of weights, uses it and forgets it, and computes it anew for the backward pass. So it never holds
 # more than a block; and for large images it is faster although it computes more, as memory is slow. But it is still
-# every pixel with every pixel: its time grows in the same way. That is why a U-Net attends at low resolutions only,
+# every pixel with every pixel: its time grows in the same way. That is why many U-Nets attend at low resolutions only,
 # where a pixel also stands for a whole region.
 def fused_attention(q, k, v):
     """`F.scaled_dot_product_attention`, but on a CPU never in bfloat16, which takes several times as long backwards."""
@@ -670,8 +673,8 @@ def cross_attention(pixels, words, to_q, to_k, to_v):
 
 
 # A language model writes one word at a time, so no token may attend to later ones. A causal mask sets their scores to
-# minus infinity, which softmax makes a weight of zero. And as attention knows no order, a transformer adds a positional
-# encoding to its tokens: the sines and cosines of 01, or learned vectors as in section 14.
+# minus infinity, which softmax makes a weight of zero. And as attention without a mask knows no order, a transformer
+# adds a positional encoding to its tokens: the sines and cosines of 01, or learned vectors as in section 14.
 def causal_attention(q, k, v):
     """Each token attends to itself and to earlier ones: queries, keys and values `(..., s, d)` to `(..., s, d)`."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s
@@ -725,7 +728,7 @@ class PositionAttention(nn.Module):
 
 
 def attention_from_convolution(conv):
-    """An attention layer that is the same function as a 3×3 convolution, on images of any size, borders included.
+    """An attention layer that is the same function as a 3×3 convolution, on images of any size, borders included (in float32).
     Raises ValueError for anything but an `nn.Conv2d` with the settings in `expected`."""
     expected = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "padding_mode": "zeros"}
     expected |= {"dilation": (1, 1), "groups": 1}

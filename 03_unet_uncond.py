@@ -131,7 +131,9 @@ def show_block():
     noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])  # the first image is the same
     for name, norm in {"batch": nn.BatchNorm2d(16), "group": nn.GroupNorm(4, 16)}.items():
         change = (norm(noisier) - norm(x))[0].norm() / norm(x)[0].norm()
-        print(f"   {name} norm, and the other images get noisier: this one's activations change by {change:.0%}")
+        print(
+            f"   {name} norm, and the other images get four times as noisy: this one's activations change by {change:.0%}"
+        )
 
 
 # %% 3. Saved: the up path will need what the down path computed
@@ -148,7 +150,7 @@ class Saved:
         return self.saved
 
     def take(self):
-        """Return the saved output and forget it, so that no activation outlives the forward pass."""
+        """Return the saved output and forget it, so that the module keeps no activation alive."""
         saved, self.saved = self.saved, None
         return saved
 
@@ -346,10 +348,10 @@ def show_skips():
 # %% 6. Noise: x = x0 + sigma · noise
 # From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can hardly
 # be seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
-# Models", EDM; the lecture's notebook 26). At one end x is almost the answer; at the other end it reveals nothing. In
-# between, if noise hides an edge, the best single answer is the mean of all possible edges: a blur. Turning it into one
-# garment takes many small steps (section 10). (Notebook 28 returns to a cosine schedule and predicts the noise; we stay
-# with notebook 26.)
+# Models", EDM; the lecture's notebook 26). At one end x is almost the answer; at the other end it reveals almost
+# nothing. In between, if noise hides an edge, the best single answer is the mean of all possible edges: a blur. Turning
+# it into one garment takes many small steps (section 10). (Notebook 28 returns to a cosine schedule and predicts the
+# noise; we stay with notebook 26.)
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # the ends of sampling (EDM begins at 80, too, and ends at 0.002)
 
 
@@ -509,8 +511,8 @@ class UntimedUNet(UNet):
 
 # Does a network need the time at all? The image itself shows how noisy it is: background pixels should be equal, and
 # they differ by the strength of the noise. Printed below is their standard deviation in a corner of 3 × 3 pixels, as
-# the network sees it, after c_in. It tells low levels apart, but hardly those above 1. (c_in, c_skip and c_out know
-# sigma in any case.) Section 14 measures what the time is worth.
+# the network sees it, after c_in. It tells low levels apart, but so small a corner hardly those above 1. (c_in, c_skip
+# and c_out know sigma in any case.) Section 14 measures what the time is worth.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 levels drawn in training are in this range
 
 
@@ -544,7 +546,8 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 
 
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
-# of the images at high noise. So no noise level outweighs the others by much.
+# of the images at high noise. So in a new network no noise level outweighs the others by
+# much; later both ends do (section 14).
 @torch.no_grad()
 def loss_by_level(denoiser, images, levels=LEVELS):
     """The mean loss on images `(n, c, h, w)` at each noise level, always with the same noise; a list."""
@@ -713,8 +716,9 @@ def show_few_steps():
 
 
 # %% 12. One path in three coordinates: DDPM, EDM, flow matching
-# Not in the lecture, but in much that came later. DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho
-# et al. 2020); EDM's is x0 + sigma noise; flow matching goes straight, z = (1 - t) x0 + t noise (Lipman et al. 2023).
+# DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho et al. 2020; notebook 28, with images in ±0.5);
+# EDM's is x0 + sigma noise (notebook 26). Not in the lecture, but in much that came later, is flow matching, which goes
+# straight: z = (1 - t) x0 + t noise (Lipman et al. 2023, whose t runs the other way).
 # Divide by the factor of x0, and all three are x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t).
 #
 # The velocity of z is noise - x0, and one straight step along it (Euler's) *is* DDIM's step: both keep the predicted
@@ -808,17 +812,20 @@ def show_muon():
     torch.manual_seed(0)
     x = torch.randn(48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
     values = {}
-    for label, matrix in {"a gradient's": x / x.norm(), "Muon's step": orthogonalize([x])[0]}.items():
+    for label, matrix in {"before": x / x.norm(), "after": orthogonalize([x])[0]}.items():
         values[label] = torch.linalg.svdvals(matrix)[:12].tolist()
-        print(f"   singular values, {label:12}:", *(f"{value:.3f}" for value in values[label]))
+        print(f"   singular values {label:6}:", *(f"{value:.3f}" for value in values[label]))
     labels = {"xlabel": "direction", "ylabel": "singular value", "ylim": 0}
-    return tools.plot_curves("Muon makes a step about equally large in all directions", range(1, 13), values, **labels)
+    title = (
+        "Muon makes a step about equally large in all directions\n(singular values of a made-up matrix that has twelve)"
+    )
+    return tools.plot_curves(title, range(1, 13), values, **labels)
 
 
 # %% 14. The training loop
-# Everything above comes together here. A single gradient can be huge, especially early on; warming up the learning rate
-# and clipping keep it from throwing the weights off. The latest weights jump about while their average doesn't, so we
-# sample with the average.
+# Everything above comes together here. Early gradients are several times as large as later ones; warming up the
+# learning rate and clipping keep them from throwing the weights off. Later, the weights jump about while their average
+# doesn't, so we sample with the average. (At the end, with a learning rate near zero, the two are much the same.)
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 WARM_UP = 0.05  # the share of the steps in which the learning rate rises
 CLIP = 1.0  # the largest norm of all gradients together
@@ -858,12 +865,12 @@ def update_ema(ema, denoiser, step):
         slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
 
 
-# Not every noise level is worth the same. At low noise no network can tell noise from image, at high noise the image is
-# hidden, and at both ends the weighted loss stays high whatever the network learns. So we train mostly in between: two
-# thirds of the levels lie between 0.14 and 1. (EDM's mean and deviation are -1.2 and 1.2, so there they lie between
-# 0.09 and 1: docs/measurements.md.) Sampling begins at 80, which training practically never draws: one level in 2,000
-# is above 10. Up there c_in · x is little but noise of variance one, and the right answer approaches the mean of all
-# garments.
+# Not every noise level is worth the same. At low noise the loss falls slowly (at sigma 0.02, to 0.76 after the 600
+# steps below, and to 0.43 after 1.4 million images), and at high noise the image is hidden. So we train mostly in
+# between: two thirds of the levels lie between 0.14 and 1. (EDM's mean and deviation are -1.2 and 1.2, so there they
+# lie between 0.09 and 1: docs/measurements.md.) Sampling begins at 80, which training practically never draws: one
+# level in 2,000 is above 10. Up there c_in · x is little but noise of variance one, and the right answer approaches the
+# mean of all garments.
 #
 # An epoch is all images in random order. The randomness in a step depends only on the seed and the step (on one kind of
 # device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.

@@ -256,8 +256,8 @@ def show_line():
 
 # %% 5. How strong, and from when
 # This was measured in pixels, on only four garments of each class. While there is much noise, the network decides the
-# rough shape of a garment and how light it is. If guided from the start, the garments of a class become alike in both,
-# and lighter. If guidance waits until the noise is down to 3, even strong guidance leaves them as far apart as no
+# rough shape of a garment and how light it is. If guided from the start, the garments of a class become more alike in
+# both, and lighter. If guidance waits until the noise is down to 3, even strong guidance leaves them as far apart as no
 # guidance. (Too much guidance still makes only typical garments: docs/measurements.md.)
 @tools.section
 def show_guidance():
@@ -280,7 +280,7 @@ def show_guidance():
 # %% 6. From one class to another
 # A label's embedding is a vector, and between two of them lie vectors that belong to no class. What does the network
 # draw for "three quarters pullover, one quarter trouser"? If the change were even, each of eight steps would cover an
-# eighth of the way; the largest covers two to four eighths. There, one class becomes the other.
+# eighth of the way; the largest covers two to four eighths. Most of the change happens there.
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
     blended = copy.deepcopy(denoiser)
@@ -309,7 +309,7 @@ def show_blend():
 
 # %% 7. Where a pixel looks
 # In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for?
-# Some heads look nearby, others far away, and where they look changes with the noise.
+# Some heads look nearby, others everywhere, and where they look changes with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []

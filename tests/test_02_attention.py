@@ -319,7 +319,7 @@ def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     def numbers(section, pattern):
         return [float(found) for found in re.findall(pattern, sections[section])]
 
-    assert numbers(1, r"depends on (\d+) of 784") == [9, 25, 169, 675]
+    assert numbers(1, r"depends on (\d+) of 784") == [9, 25, 169, 728]
     assert numbers(4, r"depends on (\d+) of 784") == [784] and 0 < numbers(4, r"(\d+)% of all patches")[0] < 100
     attention, convolution = numbers(5, r"relative difference (\S+)")
     assert attention < 1e-12 and convolution > 0.1
