@@ -728,8 +728,8 @@ class PositionAttention(nn.Module):
 
 
 def attention_from_convolution(conv):
-    """An attention layer that is the same function as a 3×3 convolution, on images of any size, borders included (in float32).
-    Raises ValueError for anything but an `nn.Conv2d` with the settings in `expected`."""
+    """An attention layer that is the same function as a 3×3 convolution, on images of any size, borders included (in
+    float32). Raises ValueError for anything but an `nn.Conv2d` with the settings in `expected`."""
     expected = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "padding_mode": "zeros"}
     expected |= {"dilation": (1, 1), "groups": 1}
     if not isinstance(conv, nn.Conv2d) or any(getattr(conv, name) != value for name, value in expected.items()):

@@ -131,9 +131,7 @@ def show_block():
     noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])  # the first image is the same
     for name, norm in {"batch": nn.BatchNorm2d(16), "group": nn.GroupNorm(4, 16)}.items():
         change = (norm(noisier) - norm(x))[0].norm() / norm(x)[0].norm()
-        print(
-            f"   {name} norm, and the other images get four times as noisy: this one's activations change by {change:.0%}"
-        )
+        print(f"   {name} norm, and noise of 3 on the other images: this one's activations change by {change:.0%}")
 
 
 # %% 3. Saved: the up path will need what the down path computed
