@@ -544,8 +544,8 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 
 
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
-# of the images at high noise. So in a new network no noise level outweighs the others by
-# much; later both ends do (section 14).
+# of the images at high noise. So in a new network no noise level outweighs the others by much; later both ends do
+# (section 14).
 @torch.no_grad()
 def loss_by_level(denoiser, images, levels=LEVELS):
     """The mean loss on images `(n, c, h, w)` at each noise level, always with the same noise; a list."""
@@ -738,9 +738,7 @@ def show_coordinates():
     for sigma in (0.01, 0.047, 0.5, 1, 5, 80):
         step = np.abs(np.log(1 / kept - 1) / 2 - np.log(sigma)).argmin()  # the nearest
         print(f"   {sigma:7.3f}{1 / (1 + sigma**2):9.4f}{sigma / (1 + sigma):9.4f}{step:14d}", end="")
-        print(
-            f"{2 / math.pi * math.atan(sigma / 2):21.3f}{TIME_SCALE * math.log(sigma) / 4:22.0f}"
-        )  # c_noise, section 7
+        print(f"{2 / math.pi * math.atan(sigma / 2):21.3f}{TIME_SCALE * math.log(sigma) / 4:22.0f}")
     torch.manual_seed(0)
     denoise, noise = ideal_denoiser(tools.load_images("train", 100)[0].double()), torch.randn(4, 1, 28, 28).double()
     flow = sample_flow(denoise, noise, [sigma / (1 + sigma) for sigma in noise_levels()])
@@ -814,9 +812,7 @@ def show_muon():
         values[label] = torch.linalg.svdvals(matrix)[:12].tolist()
         print(f"   singular values {label:6}:", *(f"{value:.3f}" for value in values[label]))
     labels = {"xlabel": "direction", "ylabel": "singular value", "ylim": 0}
-    title = (
-        "Muon makes a step about equally large in all directions\n(singular values of a made-up matrix that has twelve)"
-    )
+    title = "Muon makes all directions of a step about equally large\n(singular values of a made-up matrix)"
     return tools.plot_curves(title, range(1, 13), values, **labels)
 
 
