@@ -46,7 +46,7 @@ def show_reach():
         print(f"   {n} convolutions: the output pixel depends on {seen} of {gradient.numel()} pixels")
         pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
         titles.append(f"{n} layers\n{seen}")
-    said = f"(gradient of one output pixel, log scale; above it: how many pixels it depends on; {name})"
+    said = f"(what one output pixel depends on: gradient, log scale, and pixels; {name})"
     title = f"3×3 convolutions see one pixel farther per layer\n{said}"
     return tools.plot_grid(title, torch.stack(pictures), 5, titles=titles)
 
