@@ -43,11 +43,10 @@ def show_reach():
     for n in (1, 2, 6, 14):
         gradient = input_gradient(nn.Sequential(*convolutions[:n]), x, 16, 14)
         seen = gradient.count_nonzero().item()
-        print(f"   {n} convolutions: the output pixel depends on {seen} of {gradient.numel()} pixels")
+        print(f"   {n} convolution(s): the output pixel depends on {seen} of {gradient.numel()} pixels")
         pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
-        titles.append(f"{n} layers\n{seen}")
-    said = f"(what one output pixel depends on: gradient, log scale, and pixels; {name})"
-    title = f"3×3 convolutions see one pixel farther per layer\n{said}"
+        titles.append(f"{n} layer{'s' * (n > 1)}\n{seen} px")
+    title = f"3×3 convolutions see one pixel farther per layer\n(gradient of one output pixel, log scale; {name})"
     return tools.plot_grid(title, torch.stack(pictures), 5, titles=titles)
 
 
