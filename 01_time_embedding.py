@@ -1,8 +1,8 @@
 """Lesson 1: a number becomes a vector.
 
 A diffusion network needs to know how noisy its input is. A step number tells it badly, as neighbouring steps are nearly
-the same number; a vector of sines and cosines, fast and slow, tells near and far apart (Vaswani et al. 2017, section
-3.5; lecture section "time embedding").
+the same number; a vector of sines and cosines, fast and slow, keeps them apart and still tells early from late (Vaswani
+et al. 2017, section 3.5; lecture section "time embedding").
 
     python 01_time_embedding.py [--out DIR]
 """
@@ -27,9 +27,9 @@ import lesson_tools as tools
 # As a single number, though, 10 is almost 0: it lies a hundredth of the way from the first time to the last. To treat
 # the two very differently, a network needs very large weights, and learns them slowly (Tancik et al. 2020).
 #
-# (Not every network has this problem. That of 03 gets ln(sigma), which spreads the levels well, and doesn't have to
-# amplify. There, a single number instead of the embedding did as well in a short training: a loss of 0.40 with both, in
-# three runs each.)
+# (Not every network has this problem. That of 03 must amplify nearly as much, but it gets ln(sigma), which spreads the
+# levels well. There, a single number instead of the embedding did as well in a short training: a loss of 0.40 with
+# both, in three runs each.)
 #
 # Clocks solved this long ago. The second hand tells neighbouring moments apart, the hour hand tells three from nine,
 # and no hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its

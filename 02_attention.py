@@ -71,7 +71,7 @@ def attention(q, k, v):
 
 # Three tokens: their four numbers say how much ear, grass, brown and green each contains. Both ears offer "ear", but
 # only the left one has a colour. So the right ear's query asks for an ear with a colour, and most of its average comes
-# from there. (These projections are made up, from ones and zeros. A layer learns them.)
+# from there. (These projections are made up, of 1, 0 and -1. A layer learns them.)
 TOKENS, FEATURES = ("left ear", "right ear", "grass"), ("ear", "grass", "brown", "green")
 X = torch.tensor([[2.0, 0, 2, 0], [2, 0, 0, 0], [0, 2, 0, 2]])  # s d
 TO_Q = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 0, -1, 0], [0, 0, -1, 0]])  # third column: is a colour missing?
@@ -102,8 +102,8 @@ def show_tokens():
 
 # %% 3. Why softmax
 # Why not use the scores themselves as weights? Softmax's weights are positive and sum to one, so every average stays
-# between the smallest and the largest value of its channel. (The sum of a token and its average can still double in
-# each layer. That is why a layer begins with a norm.)
+# between the smallest and the largest value of its channel. (The sum of token and average still grows. The norm at the
+# start of a layer keeps what is added from growing with the token, so the sum doesn't grow by a factor per layer.)
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -200,7 +200,8 @@ def show_shuffled_pixels():
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, it has
 # variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to one
 # winner. In a row that is nearly one-hot the gradient is nearly zero: what the token picked at random, it hardly
-# unlearns. The other rows get larger gradients than they should. Divided, both stay the same at every width.
+# unlearns. The other rows get much larger gradients: for their queries, 30 times those of divided scores at d = 256.
+# Divided, no row is one-hot, and weights and gradients are about the same at every width.
 @tools.section
 def show_division():
     torch.manual_seed(0)
@@ -245,7 +246,7 @@ class SelfAttention(nn.Module):
 # The lecture looks at the standard deviation after its layer. In a new one, scores are small and weights nearly even,
 # and an average of many independent pixels, as here, varies much less than they do (what is left is mostly the biases).
 # So the branch adds little, and the output nearly equals the input. (In a real image the pixels share a mean, and the
-# average keeps that: it varies two thirds as much as they do.)
+# average keeps it. So the branch adds more: nearly the same vector to every pixel.)
 @tools.section
 def show_layer():
     torch.manual_seed(0)
@@ -672,8 +673,9 @@ def cross_attention(pixels, words, to_q, to_k, to_v):
 
 
 # A language model writes one word at a time, so no token may attend to later ones. A causal mask sets their scores to
-# minus infinity, which softmax makes a weight of zero. And as attention without a mask knows no order, a transformer
-# adds a positional encoding to its tokens: the sines and cosines of 01, or learned vectors as in section 14.
+# minus infinity, which softmax makes a weight of zero. Attention without a mask knows no order, so transformers need a
+# positional encoding. The first ones add it to the tokens: the sines and cosines of 01, or learned vectors as in
+# section 14. Many newer ones turn queries and keys instead, by angles as in section 5 of 01.
 def causal_attention(q, k, v):
     """Each token attends to itself and to earlier ones: queries, keys and values `(..., s, d)` to `(..., s, d)`."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s

@@ -544,8 +544,8 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 
 
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
-# of the images at high noise. So in a new network no noise level outweighs the others by much; later both ends do
-# (section 14).
+# of the images at high noise. So in a new network no noise level outweighs the others by much; later the loss at both
+# ends is several times that in the middle (section 14).
 @torch.no_grad()
 def loss_by_level(denoiser, images, levels=LEVELS):
     """The mean loss on images `(n, c, h, w)` at each noise level, always with the same noise; a list."""
@@ -714,9 +714,10 @@ def show_few_steps():
 
 
 # %% 12. One path in three coordinates: DDPM, EDM, flow matching
-# DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho et al. 2020; notebook 28, with images in ±0.5);
-# EDM's is x0 + sigma noise (notebook 26). Not in the lecture, but in much that came later, is flow matching, which goes
-# straight: z = (1 - t) x0 + t noise (Lipman et al. 2023, whose t runs the other way).
+# DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho et al. 2020; notebook 28 has any t from 0 to 1,
+# and images in ±0.5, so half our sigma); EDM's is x0 + sigma noise (notebook 26). Not in the lecture, but in much that
+# came later, is flow matching, which mixes image and noise in shares that sum to one: z = (1 - t) x0 + t noise (Lipman
+# et al. 2023, whose t runs the other way).
 # Divide by the factor of x0, and all three are x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t).
 #
 # The velocity of z is noise - x0, and one straight step along it (Euler's) *is* DDIM's step: both keep the predicted
@@ -817,9 +818,10 @@ def show_muon():
 
 
 # %% 14. The training loop
-# Everything above comes together here. Early gradients are several times as large as later ones; warming up the
-# learning rate and clipping keep them from throwing the weights off. Later, the weights jump about while their average
-# doesn't, so we sample with the average. (At the end, with a learning rate near zero, the two are much the same.)
+# Everything above comes together here. Warming up the learning rate keeps the first steps from throwing the weights
+# off; clipping keeps a batch with a large gradient from dominating the optimisers' averages (it matters less). Later,
+# the weights jump about and their average less, so we sample with it. (At the end, with a learning rate near zero, the
+# two are much the same, and here it made no difference that could be measured: docs/measurements.md.)
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 WARM_UP = 0.05  # the share of the steps in which the learning rate rises
 CLIP = 1.0  # the largest norm of all gradients together
@@ -859,12 +861,12 @@ def update_ema(ema, denoiser, step):
         slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
 
 
-# Not every noise level is worth the same. At low noise the loss falls slowly (at sigma 0.02, to 0.76 after the 600
-# steps below, and to 0.43 after 1.4 million images), and at high noise the image is hidden. So we train mostly in
-# between: two thirds of the levels lie between 0.14 and 1. (EDM's mean and deviation are -1.2 and 1.2, so there they
-# lie between 0.09 and 1: docs/measurements.md.) Sampling begins at 80, which training practically never draws: one
-# level in 2,000 is above 10. Up there c_in · x is little but noise of variance one, and the right answer approaches the
-# mean of all garments.
+# Not every noise level is worth the same. At low noise the network's output is multiplied by c_out, about sigma, so
+# whatever it still has to learn can hardly be seen; at high noise the image is hidden. So we train mostly in between:
+# two thirds of the levels lie between 0.14 and 1. (EDM's mean and deviation are -1.2 and 1.2, so there they lie between
+# 0.09 and 1: docs/measurements.md.) Sampling begins at 80, which training practically never draws: one level in 2,000
+# is above 10. Up there c_in · x is little but noise of variance one, and the right answer approaches the mean of all
+# garments.
 #
 # An epoch is all images in random order. The randomness in a step depends only on the seed and the step (on one kind of
 # device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.

@@ -280,7 +280,7 @@ def show_guidance():
 # %% 6. From one class to another
 # A label's embedding is a vector, and between two of them lie vectors that belong to no class. What does the network
 # draw for "three quarters pullover, one quarter trouser"? If the change were even, each of eight steps would cover an
-# eighth of the way; the largest covers two to four eighths. Most of the change happens there.
+# eighth of the way; the largest covers two to four eighths: the change is uneven.
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
     blended = copy.deepcopy(denoiser)
@@ -308,8 +308,8 @@ def show_blend():
 
 
 # %% 7. Where a pixel looks
-# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for?
-# Some heads look nearby, others everywhere, and where they look changes with the noise.
+# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? Two of
+# these three heads look mostly nearby, one mostly at the image's margins; where they look changes with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
