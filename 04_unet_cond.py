@@ -309,7 +309,8 @@ def show_blend():
 
 # %% 7. Where a pixel looks
 # In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? Two of
-# these three heads look mostly nearby, one mostly at the image's margins; where they look changes with the noise.
+# the shipped network's first three heads look mostly nearby, one mostly at the image's margins; where they look changes
+# with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
