@@ -940,6 +940,9 @@ def show_training():
 
 
 # %% The run
+PREVIEW_IMAGES = 200  # of the training set, and as many held-out ones: the average's loss on them is measured
+
+
 class Preset(NamedTuple):
     widths: tuple[int, ...]  # channels of each level
     depth: int  # residual blocks per level
@@ -1001,6 +1004,11 @@ def make_network(preset, n_classes, network_class=TimeUNet):
     return network_class(preset.patch**2, preset.widths, preset.depth, preset.groups)
 
 
+def make_denoise(denoiser, settings, label):
+    """denoise(x, sigma) for images with these labels `(n,)`; this lesson's networks have no use for them."""
+    return denoiser
+
+
 def make_denoiser(network, settings, device):
     """A denoiser with that network, as fast as the device allows."""
     precision = tools.choose_precision(device)
@@ -1042,17 +1050,32 @@ def new_run(options, make_network):
     torch.manual_seed(options.seed)
     network = make_network(preset, len(classes))
     steps = max(1, round((options.epochs * n if options.epochs else preset.images_seen) / batch_size))
+    if steps * batch_size < preset.images_seen / 10:
+        enough = f"for {preset.images_seen:,}, use --epochs {math.ceil(preset.images_seen / n)}"
+        print(f"note      training will see only {steps * batch_size:,} images, so expect noisy samples; {enough}")
     training = {"preset": preset_name, "steps": steps, "batch_size": batch_size, "seed": options.seed}
     of_data = {"data": name, "images": n, "classes": classes, "size": (height, width), "sigma_data": sigma_data}
     return network, RunSettings(network=type(network).__name__, **training, **of_data), images, labels
 
 
-def fit(options, path, make_network, change_batches, device):
+@torch.no_grad()
+def preview(ema, settings, make_denoise, held):
+    """What the average has learned so far: one sample of each class, or ten, always from the same noise; and its mean
+    loss on batches of `draw_batches`, by name, always with the same noise. See `run_resumable`."""
+    n = min(20, len(settings.classes))
+    noise_ids = [(settings.seed, i % n, i // n) for i in range(max(10, n))]
+    samples, _ = sample_images(functools.partial(make_denoise, ema, settings), noise_ids, settings, STEPS, ema.device)
+    losses = {name: [denoising_loss(ema, *batch).mean() for _, *batch in batches] for name, batches in held.items()}
+    return samples, {name: float(torch.stack(each).mean()) for name, each in losses.items()}
+
+
+def fit(options, path, make_network, make_denoise, change_batches):
     """Train as the options say, or resume from the checkpoint at `path`; see `train_or_load`."""
-    network, settings, *dataset = new_run(options, make_network)
+    device, (network, settings, *dataset) = tools.choose_device(options.device), new_run(options, make_network)
     checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **settings._asdict())
-    tools.join_processes(device, (settings, checkpoint and checkpoint["step"]))
-    if checkpoint and checkpoint["step"] == settings.steps:
+    checkpoint = checkpoint or {"settings": settings, "step": 0}
+    tools.join_processes(device, (settings, checkpoint["step"]))
+    if checkpoint["step"] == settings.steps:
         print("training  finished in an earlier run; --restart starts over")
         return
     preset, denoiser = PRESETS[settings.preset], make_denoiser(network, settings, device)
@@ -1067,21 +1090,31 @@ def fit(options, path, make_network, change_batches, device):
         batches = change_batches(batches, len(settings.classes)) if change_batches else batches
         return train(trained, ema, [muon, adamw], tools.take_share(batches), settings.steps)
 
+    def draw(images, labels):  # for the previews, with other noise than in training
+        steps = range(math.ceil(PREVIEW_IMAGES / settings.batch_size))
+        return list(draw_batches(images, labels, settings.batch_size, settings.seed + 1, steps))
+
+    held, test = {"training images": draw(images, labels)}, tools.load_data(options.data, "test", options.data_dir)
+    unseen = pad(torch.from_numpy(test.images)[:, None], preset).to(device)
+    if test.name == settings.data and not torch.equal(unseen, images):
+        held["held-out images"] = draw(unseen, torch.from_numpy(test.labels).to(device))
     print(f"network   {settings.network}, preset {settings.preset}: {count_parameters(denoiser):,} parameters")
     print(f"device    {tools.PROCESSES} × {device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
+    print(f"watch     {path.with_name('progress.png')} and loss.png")
     state = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}
-    tools.run_resumable(loop, state, settings, path, checkpoint)
+    tools.run_resumable(loop, functools.partial(preview, ema, settings, make_denoise, held), state, path, checkpoint)
 
 
-def train_or_load(options, path, make_network, change_batches=None):
+def train_or_load(options, path, make_network, make_denoise, change_batches=None):
     """The averaged denoiser that the options ask for, and its settings: from the checkpoint at `path`, or trained now.
 
-    make_network(preset, n_classes): a new network. change_batches(batches, n_classes): modifies the batches of
-    `draw_batches`. Raises UserError or DataError if something is missing or doesn't fit; SystemExit after Ctrl-C.
+    make_network(preset, n_classes): a new network. make_denoise(denoiser, settings, label): what `sample` needs for
+    images with these labels. change_batches(batches, n_classes): modifies the batches of `draw_batches`. Raises
+    UserError or DataError if something is missing or doesn't fit; SystemExit after Ctrl-C.
     """
     device = tools.choose_device(options.device)
     if not options.sample_only:
-        fit(options, path, make_network, change_batches, device)
+        fit(options, path, make_network, make_denoise, change_batches)
         tools.leave_processes()
     asked = {name: getattr(options, name) for name in ("preset", "batch_size") if getattr(options, name)}
     return load_denoiser(path, make_network, device, **asked)
@@ -1131,9 +1164,10 @@ def main():
         return
     network_class = UntimedUNet if options.no_time else TimeUNet
     make = functools.partial(make_network, network_class=network_class)
-    denoiser, settings = train_or_load(options, options.out / "checkpoint.pt", make)
+    denoiser, settings = train_or_load(options, options.out / "checkpoint.pt", make, make_denoise)
     noise_ids = [(options.seed, 0, index) for index in range(options.n)]
-    samples = sample_images(lambda label: denoiser, noise_ids, settings, options.steps, denoiser.device)
+    denoise = functools.partial(make_denoise, denoiser, settings)
+    samples = sample_images(denoise, noise_ids, settings, options.steps, denoiser.device)
     save_samples(options.out, f"{settings.title}, {options.steps} steps", samples)
 
 

@@ -381,13 +381,19 @@ def main():
         return
     if options.class_name is not None and not options.sample_only:  # better to know before the training
         find_classes(options.class_name, tools.load_data(options.data, "train", options.data_dir).classes)
-    denoiser, settings = lesson3.train_or_load(options, path, make_network, drop_labels)
+
+    def choose(settings):
+        return choose_guidance(settings.images_seen) if options.guidance is None else options.guidance
+
+    def make_denoise(denoiser, settings, label):
+        return guide(denoiser, label, choose(settings))
+
+    denoiser, settings = lesson3.train_or_load(options, path, make_network, make_denoise, drop_labels)
     wanted = find_classes(options.class_name, settings.classes)
-    guidance = choose_guidance(settings.images_seen) if options.guidance is None else options.guidance
-    make_denoise = functools.partial(guide, denoiser, guidance=guidance)
+    denoise = functools.partial(make_denoise, denoiser, settings)
     noise_ids = [(options.seed, label, index) for label in wanted for index in range(options.n)]
-    samples = lesson3.sample_images(make_denoise, noise_ids, settings, options.steps, denoiser.device)
-    title = f"{settings.title}, {options.steps} steps, guidance {guidance:g}"
+    samples = lesson3.sample_images(denoise, noise_ids, settings, options.steps, denoiser.device)
+    title = f"{settings.title}, {options.steps} steps, guidance {choose(settings):g}"
     if options.class_name is None:
         lesson3.save_samples(options.out, title, samples, settings.classes, options.n)
     else:

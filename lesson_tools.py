@@ -143,22 +143,33 @@ def plot_grid(title, images, columns, rows=(), titles=()):
     """A figure of such a grid."""
     scale = min(12, max(4, 0.8 * columns)) / columns  # inches per image
     width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
-    figure, axes = plt.subplots(figsize=(max(8, width), height + 0.3 * bool(titles)))
+    figure, axes = plt.subplots(figsize=(max(8, width), height + 0.3 * bool(titles)), layout="compressed")
     plot_images(axes, images, columns, rows, titles)
     figure.suptitle(title)
     return figure
 
 
-def plot_losses(title, losses):
-    """The loss of each step `(n,)`, and its mean over 2 % of the steps."""
+def plot_losses(title, losses, previews):
+    """The loss of each step so far `(n,)`, its mean over 2 % of them, and the losses in previews."""
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure, axes = plt.subplots(figsize=(8, 4.5))
     axes.plot(losses, color="0.8", linewidth=0.7)
-    axes.plot(range(window - 1, len(losses)), smooth, color="black")
-    axes.set(xlabel="step", ylabel=f"loss (black: mean of {window} steps)", ylim=(0, min(1.1, 1.1 * losses.max())))
-    axes.set_title(title)
+    axes.plot(range(window - 1, len(losses)), smooth, color="black", label="batches (running mean)")
+    steps, _, measured = zip(*previews, strict=True)
+    for name, line in zip(measured[0], ("--", "-"), strict=False):
+        values = [losses[name] for losses in measured]
+        axes.plot(steps, values, line, color="tab:orange", marker="o", markersize=4, label=f"averaged weights, {name}")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, min(1.1, 1.1 * losses.max())), title=title)
+    axes.legend(loc="upper right")
     return figure
+
+
+def plot_previews(title, previews, batch_size):
+    """A row of samples for each preview: (step, uint8 images `(n, 1, h, w)`, {name: loss})."""
+    rows = [f"{step * batch_size:,} images\nloss {[*losses.values()][-1]:.3f}" for step, _, losses in previews]
+    images = torch.cat([images for _, images, _ in previews]) / 127.5 - 1
+    return plot_grid(title, images, len(previews[0][1]), rows)
 
 
 # %% Files
@@ -176,10 +187,15 @@ def write_atomically(path, save):
         part.unlink(missing_ok=True)
 
 
-def save_picture(figure, path):
-    """Write the figure, say so, and close it."""
-    write_atomically(path, figure.savefig)
-    print(f"wrote {path}")
+def save_picture(figure, path, quiet=False):
+    """Write the figure, say so, and close it. If that fails, it is only a line: nothing that was computed is lost."""
+    try:
+        write_atomically(path, functools.partial(figure.savefig, format="png"))
+        said = f"wrote {path}" * (not quiet)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        said = f"{path}: no picture ({error})"
+    if said:
+        tqdm.write(said)
     plt.close(figure)
 
 
@@ -330,6 +346,8 @@ def restore(path, checkpoint, state):
 
 # %% A resumable run
 SAVE_EVERY = 120  # seconds
+HOURS = "about {:.1f} hours to go; sooner done: --restart with a smaller --epochs, or 04_unet_cond.py --pretrained"
+PREVIEW_AT = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)  # of the steps
 
 
 @contextlib.contextmanager
@@ -352,47 +370,71 @@ def stop_signals():
             signal.signal(kind, handler)
 
 
-def run_resumable(loop, state, settings, path, checkpoint=None):
-    """Run a training loop with a progress bar and checkpoints, or resume it after an interruption or a crash.
+def read_numbers(recent, step):
+    """The numbers a loop yielded in its last steps, `(steps, numbers)`. Raises UserError if one is not finite."""
+    values = torch.stack(recent).cpu()
+    if not values.isfinite().all():
+        tip = "try --restart with another --batch-size or --seed (the last checkpoint is still good)"
+        raise UserError(f"the loss is no longer finite at step {step:,}: {tip}")
+    return values
+
+
+def draw_progress(folder, settings, losses, previews):
+    """Draw `loss.png` and `progress.png` in the folder; see `plot_losses` and `plot_previews`."""
+    save_picture(plot_losses(settings.title, losses, previews), folder / "loss.png", quiet=True)
+    save_picture(plot_previews(settings.title, previews, settings.batch_size), folder / "progress.png", quiet=True)
+
+
+def run_resumable(loop, preview, state, path, checkpoint):
+    """Run a training loop with a progress bar, previews and checkpoints, or resume it after an interruption or a crash.
 
     loop:       loop(first) is a generator. It does steps first, first + 1, ..., and after each one yields (step, loss)
                 and any other numbers that must stay finite; all but step are tensors.
+    preview:    preview() returns samples `(n, 1, h, w)` in [-1, 1], and losses by name. It is called after a hundredth
+                and after each tenth of the steps; then `progress.png` and `loss.png` are drawn beside the checkpoint.
     state:      everything the loop changes, by name: objects with `state_dict` and `load_state_dict`.
-    settings:   a NamedTuple with at least `steps`, `batch_size` and `title`; the checkpoint keeps all of it.
-    path:       of the checkpoint, written every two minutes, at the end, and on Ctrl-C or SIGTERM; `loss.png` is drawn
-                beside it.
-    checkpoint: what `load_checkpoint` returned; None begins anew.
+    path:       of the checkpoint, written every two minutes, at the end, and on Ctrl-C or SIGTERM.
+    checkpoint: what `load_checkpoint` returned, or {"settings": settings, "step": 0} to begin anew. Settings are a
+                NamedTuple with at least `steps`, `batch_size` and `title`.
 
     Raises UserError if a number is not finite; OSError if the last save fails; SystemExit(130) after Ctrl-C.
     """
-    done, losses, recent = 0, torch.full((settings.steps,), math.nan), []
-    if checkpoint:
+    settings, steps, size = checkpoint["settings"], checkpoint["settings"].steps, checkpoint["settings"].batch_size
+    first, losses, previews, recent = checkpoint["step"], torch.full((steps,), math.nan), [], []
+    if first:
         restore(path, checkpoint, state)
-        done, losses = checkpoint["step"], checkpoint["losses"]
-    print(f"training  {settings.steps:,} steps of {settings.batch_size} images" + f", from step {done:,}" * (done > 0))
-    images, begun = settings.steps * settings.batch_size, done * settings.batch_size
-    bar = tqdm(total=images, initial=begun, unit=" images", unit_scale=True, dynamic_ncols=True, disable=RANK > 0)
-    shown, saved = 0, time.monotonic()
+        losses, previews = checkpoint["losses"], checkpoint.get("previews", [])
+    print(f"training  {steps:,} steps of {size} images" + f", from step {first:,}" * (first > 0))
+    # smoothing=0: the time left follows from the mean speed so far, so pauses for previews and saving count too
+    count = {"total": steps * size, "initial": first * size, "unit": " images", "unit_scale": True, "smoothing": 0}
+    bar = tqdm(**count, dynamic_ncols=True, disable=RANK > 0)
+    milestones = {max(1, round(share * steps)) for share in PREVIEW_AT} if RANK == 0 else ()
+    start = saved = time.monotonic()
+    shown, minute = 0, start + 60
     with stop_signals() as stops, bar:
-        for step, *numbers in loop(done):
+        for step, *numbers in loop(first):
             if PROCESSES > 1:
                 dist.all_reduce(numbers[0])
                 numbers[0] = numbers[0] / PROCESSES
             recent.append(torch.stack(numbers))
             done, now = step + 1, time.monotonic()
-            bar.update(settings.batch_size)
-            last = bool(stops) or done == settings.steps  # a signal from now on waits for the next step
+            bar.update(size)
+            last = bool(stops) or done == steps  # a signal from now on waits for the next step
             due = last or now > saved + SAVE_EVERY
-            if due or now > shown + 1:  # rarely, because reading a number waits for the GPU
-                values, shown = torch.stack(recent).cpu(), now
-                if not values.isfinite().all():
-                    tip = "try --restart with another --batch-size or --seed (the last checkpoint is still good)"
-                    raise UserError(f"the loss is no longer finite at step {done:,}: {tip}")
-                losses[done - len(recent) : done] = values[:, 0]
-                recent = []
+            if due or done in milestones or now > shown + 1:  # rarely, because reading a number waits for the GPU
+                losses[done - len(recent) : done] = read_numbers(recent, done)[:, 0]
+                recent, shown = [], now
                 bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean():.3f}", refresh=False)
+            if now > minute:
+                minute, hours = math.inf, (now - start) / (done - first) * (steps - done) / 3600
+                if hours > 1:
+                    tqdm.write(HOURS.format(hours))
+            if done in milestones:
+                images, measured = preview()
+                previews.append((done, ((images + 1) * 127.5).round().byte(), measured))
+                draw_progress(path.parent, settings, losses[:done].numpy(), previews)
             if due and RANK == 0:
-                content = {"settings": settings._asdict(), "step": done, "losses": losses}
+                content = {"settings": settings._asdict(), "step": done, "losses": losses, "previews": previews}
                 content |= {name: part.state_dict() for name, part in state.items()}
                 try:
                     save_checkpoint(path, content)
@@ -404,11 +446,9 @@ def run_resumable(loop, state, settings, path, checkpoint=None):
             if last:
                 break
     print(f"wrote {path}")
-    if done == settings.steps and RANK == 0:
-        save_picture(plot_losses(f"{settings.title}: the loss", losses.numpy()), path.with_name("loss.png"))
     if stops:
         again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
-        print(f"stopped after step {done:,} of {settings.steps:,}. To resume:\n{again}")
+        print(f"stopped after step {done:,} of {steps:,}. To resume:\n{again}")
         sys.exit(130)
 
 

@@ -215,11 +215,11 @@ def climb(options, train, panel):
     fast the machine is. What a network takes longer for them stands in the table.
     """
     networks = {}
-    for name, network in NETWORKS.items():
+    for name, (make_network, change) in NETWORKS.items():
         print()
         path = options.out / name / "checkpoint.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        networks[name], settings = lesson3.train_or_load(options, path, *network)
+        networks[name], settings = lesson3.train_or_load(options, path, make_network, lesson3.make_denoise, change)
     rungs = {
         "without time": ("UntimedUNet", None),
         "with time": ("TimeUNet", None),

@@ -91,7 +91,7 @@ def test_run_in_ipython_trains_like_the_command(environment, tmp_path):
     result = subprocess.run(command, **environment)
     assert result.returncode == 0
     assert "2 steps of 10 images" in result.stdout and "1. Attention" not in result.stdout  # no section ran
-    written = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.png"]
+    written = ["checkpoint.pt", "denoising.png", "loss.png", "progress.png", "samples.npy", "samples.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 

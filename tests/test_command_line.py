@@ -26,7 +26,7 @@ from data import fashion_mnist, load
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "garments", "--epochs", "0.012", "--batch-size", "10", "--steps", "2", "--n", "2", "--device", "cpu"]
 QUICK = {"widths": (8, 16), "groups": 4, "head_dim": 8, "max_lr": 2e-3}  # in the place of the preset's
-FILES = ["checkpoint.pt", "denoising.png", "loss.png", "samples.npy", "samples.png"]
+FILES = ["checkpoint.pt", "denoising.png", "loss.png", "progress.png", "samples.npy", "samples.png"]
 
 
 @pytest.fixture
@@ -64,11 +64,13 @@ def nothing_loaded(lesson4):
 
 @pytest.fixture
 def run(lesson3, run_untouched, monkeypatch):
-    """The same with a quick network, in float32."""
+    """The same with a quick network, in float32, and with one preview, at the end."""
     quick = lesson3.PRESETS["small"]._replace(**QUICK)
     monkeypatch.setitem(lesson3.PRESETS, "small", quick)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", quick._replace(patch=1, widths=(8, 16, 16, 16)))
     monkeypatch.setattr(tools, "choose_precision", lambda device: None)
+    monkeypatch.setattr(tools, "PREVIEW_AT", (1,))
+    monkeypatch.setattr(lesson3, "PREVIEW_IMAGES", 10)
     return run_untouched
 
 
@@ -100,23 +102,25 @@ def interrupt_at(lesson3, monkeypatch, at, number=signal.SIGINT):
 def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
     """Run as scripts, with the real preset, from outside the project's folder; neither disturbs the other. The later
     one may find that the earlier one has finished."""
-    command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.004", "--out", "out"]
+    command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.002", "--out", "out"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
     both = [subprocess.Popen(command, **pipes) for _ in range(2)]
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     for output, _ in said:
         assert "data      garments: 10,000 images, 28 × 28, 10 classes\n" in output
-        assert "network   garments, CondUNet, small, 40 images seen, after 4 of 4 steps\n" in output
-    output, errors = next(one for one in said if "4 steps of 10 images" in one[0])
+        assert "network   garments, CondUNet, small, 20 images seen, after 2 of 2 steps\n" in output
+    output, errors = next(one for one in said if "2 steps of 10 images" in one[0])
     lines = output.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["data", "network", "device", "training"]
+    assert [line.split()[0] for line in lines[:6]] == ["data", "note", "network", "device", "watch", "training"]
+    assert "will see only 20 images, so expect noisy samples; for 180,000, use --epochs 18" in lines[1]
+    assert Path(lines[4].split()[1]).name == "progress.png"
     assert "images/s" in errors
     assert "loss=" in errors
     wrote = [line for line in lines if line.startswith("wrote ")]
-    assert sorted(Path(line.removeprefix("wrote ")).name for line in wrote) == FILES
+    assert sorted(Path(line.removeprefix("wrote ")).name for line in wrote) == [FILES[0], FILES[1], *FILES[4:]]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
-    assert tools.load_checkpoint(tmp_path / "out" / "checkpoint.pt", lesson3.RunSettings)["step"] == 4
+    assert tools.load_checkpoint(tmp_path / "out" / "checkpoint.pt", lesson3.RunSettings)["step"] == 2
     images = np.load(tmp_path / "out" / "samples.npy")
     assert images.shape == (20, 1, 28, 28)
     assert images.dtype == np.float32
@@ -125,6 +129,7 @@ def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
 
 def test_a_run_gets_labels_and_sometimes_none(lesson3, lesson4, run, tmp_path, monkeypatch):
     labels, loss = [], lesson3.denoising_loss
+    monkeypatch.setattr(lesson3, "preview", lambda *_: (torch.zeros(1, 1, 28, 28), {"none": 1.0}))
     monkeypatch.setattr(lesson3, "denoising_loss", lambda *parts: labels.append(parts[4]) or loss(*parts))
     run(lesson4, *TINY, "--n", "1", "--out", tmp_path)
     counts = torch.cat(labels).bincount(minlength=11)
@@ -293,13 +298,44 @@ def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp
     assert f"stopped after step {at + 1} of 12" in output
     assert output.splitlines()[-1].startswith("python ")
     assert "--restart" not in output.splitlines()[-1]
-    assert sorted(path.name for path in parts.iterdir()) == ["checkpoint.pt", "loss.png"][: 1 + (at == 11)]
+    left = ["checkpoint.pt", *["loss.png", "progress.png"] * (at == 11)]
+    assert sorted(path.name for path in parts.iterdir()) == left
     assert signal.getsignal(signal.SIGINT) is before
     output, _ = run(lesson4, *TINY, "--out", parts)
     assert ("finished" if at == 11 else f"from step {at + 1}") in output
     assert_same(read(parts), read(whole))
     assert sorted(path.name for path in parts.iterdir()) == FILES
     np.testing.assert_array_equal(np.load(parts / "samples.npy"), np.load(whole / "samples.npy"))
+
+
+def test_previews_change_nothing_and_come_back(lesson3, lesson4, run, tmp_path, monkeypatch):
+    """Weights, losses, and the previews themselves, in a run without interruption or with one between two of them."""
+    whole, parts, without = (tmp_path / name for name in ("whole", "parts", "without"))
+    run(lesson4, *TINY, "--out", without)
+    monkeypatch.setattr(lesson3, "STEPS", 2)
+    monkeypatch.setattr(tools, "PREVIEW_AT", (0.01, 0.4, 0.8, 1))
+    monkeypatch.setattr(tools, "draw_progress", lambda *given: None)
+    run(lesson4, *TINY, "--out", whole)
+    with monkeypatch.context() as patch:
+        interrupt_at(lesson3, patch, 6)
+        run(lesson4, *TINY, "--out", parts, status=130)
+    run(lesson4, *TINY, "--out", parts)
+    assert_same(read(whole), read(without))
+    assert_same(read(parts), read(without))
+    previews = read(whole)["previews"]
+    assert [step for step, *_ in previews] == [1, 5, 10, 12]
+    for (*found, images, losses), (*expected, same, equal) in zip(read(parts)["previews"], previews, strict=True):
+        assert found == expected and losses == equal and torch.equal(images, same)
+        assert images.shape == (10, 1, 28, 28) and images.dtype == torch.uint8
+        assert list(losses) == ["training images", "held-out images"] and np.isfinite([*losses.values()]).all()
+    # the last samples are those that the run ends with; its losses are the average's, with all labels
+    expected = ((np.load(whole / "samples.npy")[::2] + 1) * 127.5).round()
+    assert np.abs(images.numpy() - expected).max() <= 1
+    denoiser, _ = lesson3.load_denoiser(whole / "checkpoint.pt", lesson4.make_network, torch.device("cpu"))
+    drawn = load("garments", "test")
+    pixels, labels = torch.from_numpy(drawn.images)[:, None], torch.from_numpy(drawn.labels)
+    ((_, *batch),) = lesson3.draw_batches(pixels, labels, 10, 1, range(1))
+    assert losses["held-out images"] == pytest.approx(float(lesson3.denoising_loss(denoiser, *batch).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -333,7 +369,8 @@ import importlib, os, signal, sys
 
 lesson3, tools = (importlib.import_module(name) for name in ("03_unet_uncond", "lesson_tools"))
 lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(**{QUICK})
-tools.choose_precision, tools.SAVE_EVERY, draw_batches = lambda device: None, -1, lesson3.draw_batches
+tools.choose_precision, tools.SAVE_EVERY, tools.PREVIEW_AT = lambda device: None, -1, (1,)
+lesson3.PREVIEW_IMAGES, draw_batches = 10, lesson3.draw_batches
 
 def draw(*arguments):
     for batch in draw_batches(*arguments):
@@ -377,7 +414,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path
 
 @pytest.mark.parametrize(
     ("room", "named", "left"),
-    [(20_000, "checkpoint.pt", FILES[:1]), (10**6, "samples.npy", ["checkpoint.pt", "loss.png"])],
+    [(20_000, "checkpoint.pt", FILES[:1]), (10**6, "samples.npy", ["checkpoint.pt", "loss.png", "progress.png"])],
 )
 def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monkeypatch, room, named, left):
     with monkeypatch.context() as patch:

@@ -209,13 +209,18 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
 
 
 # A resumable run
-@pytest.fixture
-def fit(tmp_path, capfd):
-    """fit(act, **settings): run or resume a loop in which act(step) is called before each step. Returns what ended it,
-    or None; what it printed; and the checkpoint."""
-    path = tmp_path / "checkpoint.pt"
+def preview():
+    return torch.zeros(2, 1, 4, 4), {"training": 0.5, "held out": 0.7}
 
-    def fit(act=lambda step: None, factor=1.0, **settings):
+
+@pytest.fixture
+def fit(tmp_path, capfd, monkeypatch):
+    """fit(act, factor, preview, **settings): run or resume a loop in which act(step) is called before each step, and
+    the loss multiplied by factor. Returns what ended it, or None; what it printed; and the checkpoint."""
+    path = tmp_path / "checkpoint.pt"
+    monkeypatch.setattr(tools, "PREVIEW_AT", (1,))
+
+    def fit(act=lambda step: None, factor=1.0, preview=preview, **settings):
         torch.manual_seed(0)
         line, settings = nn.Linear(1, 1), Settings(**settings)
         optimizer = torch.optim.SGD(line.parameters(), lr=0.1, momentum=0.9)
@@ -227,9 +232,9 @@ def fit(tmp_path, capfd):
                 optimizer.zero_grad(), loss.backward(), optimizer.step()
                 yield step, loss.detach()
 
-        checkpoint, ended = tools.load_checkpoint(path, Settings), None
+        checkpoint, ended = tools.load_checkpoint(path, Settings) or {"settings": settings, "step": 0}, None
         try:
-            tools.run_resumable(loop, {"line": line, "optimizer": optimizer}, settings, path, checkpoint)
+            tools.run_resumable(loop, preview, {"line": line, "optimizer": optimizer}, path, checkpoint)
         except (SystemExit, KeyboardInterrupt, tools.UserError, OSError) as error:
             ended = error
         return ended, capfd.readouterr(), tools.load_checkpoint(path, Settings)
@@ -251,7 +256,7 @@ def whole(fit):
     assert checkpoint["losses"].isfinite().all() and len(checkpoint["losses"]) == 12
     assert "12 steps of 5 images" in said.out and f"wrote {fit.path}" in said.out
     assert "images/s" in said.err and f"loss={checkpoint['losses'].mean():.3f}" in said.err
-    assert sorted(path.name for path in fit.path.parent.iterdir()) == ["checkpoint.pt", "loss.png"]
+    assert sorted(path.name for path in fit.path.parent.iterdir()) == ["checkpoint.pt", "loss.png", "progress.png"]
     for path in fit.path.parent.iterdir():
         path.unlink()
     return checkpoint
@@ -293,9 +298,9 @@ from pathlib import Path
 
 sys.path[:0] = {paths!r}
 import lesson_tools, torch
-from test_lesson_tools import Settings, nn
+from test_lesson_tools import Settings, nn, preview
 
-lesson_tools.SAVE_EVERY, path, replace = -1, Path({path!r}), Path.replace
+lesson_tools.SAVE_EVERY, lesson_tools.PREVIEW_AT, path, replace = -1, (1,), Path({path!r}), Path.replace
 line, written = nn.Linear(1, 1), []
 
 def kill_in_the_fifth(part, target):  # the file is whole, but doesn't have its name yet
@@ -311,7 +316,7 @@ def loop(first):
         yield step, torch.tensor(1.0)
 
 Path.replace = kill_in_the_fifth
-lesson_tools.run_resumable(loop, {{"line": line}}, Settings(), path)
+lesson_tools.run_resumable(loop, preview, {{"line": line}}, path, {{"settings": Settings(), "step": 0}})
 """
 
 
@@ -358,6 +363,62 @@ def test_a_failed_save_is_tried_again_and_only_the_last_ends_the_run(fit, whole,
     assert "disk full" in str(ended) and checkpoint["step"] == 11
 
 
+PREVIEW_AT = tools.PREVIEW_AT  # `fit` has the last one only
+MILESTONES = [10, *range(100, 1001, 100)], [1, 2, 4, 5, 6, 7, 8, 10, 11, 12], [1]
+
+
+@pytest.mark.parametrize(("steps", "at"), [*zip((1000, 12, 1), MILESTONES, strict=True)])
+def test_previews_come_after_a_hundredth_and_each_tenth(fit, monkeypatch, steps, at):
+    drawn = []
+    monkeypatch.setattr(tools, "PREVIEW_AT", PREVIEW_AT)
+    monkeypatch.setattr(tools, "draw_progress", lambda folder, _, losses, previews: drawn.append(len(losses)))
+    _, _, checkpoint = fit(steps=steps, factor=0.0)
+    assert [step for step, *_ in checkpoint["previews"]] == drawn == at
+
+
+def test_a_run_that_is_stopped_between_previews_keeps_them(fit, monkeypatch):
+    """They are bytes, in the checkpoint; the pictures are drawn with all of them."""
+    calls, rows = [], []
+
+    def counted():
+        calls.append(0.1 * len(calls))
+        return torch.full((2, 1, 4, 4), calls[-1]), {"training": calls[-1]}
+
+    plot = tools.plot_previews
+    monkeypatch.setattr(tools, "PREVIEW_AT", (0.1, 0.5, 0.9, 1))
+    monkeypatch.setattr(tools, "plot_previews", lambda *given: rows.append(len(given[1])) or plot(*given))
+    ended, _, checkpoint = fit(
+        lambda step: step == 46 and os.kill(os.getpid(), signal.SIGINT), preview=counted, steps=50
+    )
+    assert ended.code == 130 and checkpoint["step"] == 47
+    assert [step for step, *_ in checkpoint["previews"]] == [5, 25, 45]
+    ended, _, checkpoint = fit(preview=counted, steps=50)
+    assert ended is None and rows == [1, 2, 3, 4]
+    assert [losses for *_, losses in checkpoint["previews"]] == [{"training": value} for value in calls]
+    for (_, images, _), value in zip(checkpoint["previews"], calls, strict=True):
+        assert images.dtype == torch.uint8 and (images == round((value + 1) * 127.5)).all()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no such glyph"), MemoryError("no room")])
+def test_a_picture_that_cannot_be_drawn_ends_nothing(fit, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(tools.plt.Figure, "savefig", fail)
+    ended, said, checkpoint = fit()
+    assert ended is None and checkpoint["step"] == 12
+    assert f"progress.png: no picture ({error})" in said.out
+    assert not list(fit.path.parent.glob("*.p[!t]*"))  # neither a picture nor a part of one
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(10, False), (50, True)])
+def test_a_run_of_more_than_an_hour_says_so_once(fit, monkeypatch, seconds, said):
+    clock = iter(range(0, 10**9, seconds))  # each look is so much later: a step takes one look, or two
+    monkeypatch.setattr(tools.time, "monotonic", lambda: next(clock))
+    _, output, _ = fit(steps=100)
+    assert output.out.count("hours to go; sooner done: --restart with a smaller --epochs") == said
+
+
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
 def test_a_loss_that_is_not_finite_stops_the_run(fit, factor):
     fit(lambda step: step == 4 and os.kill(os.getpid(), signal.SIGINT))
@@ -376,7 +437,7 @@ def test_all_numbers_must_stay_finite_before_anything_is_saved(tmp_path, monkeyp
             yield step, torch.tensor(1.0), torch.tensor(1.0 if step < 7 else torch.inf)
 
     with pytest.raises(tools.UserError, match="no longer finite at step 8"):
-        tools.run_resumable(loop, {}, Settings(), tmp_path / "checkpoint.pt")
+        tools.run_resumable(loop, preview, {}, tmp_path / "checkpoint.pt", {"settings": Settings(), "step": 0})
     assert tools.load_checkpoint(tmp_path / "checkpoint.pt", Settings)["step"] == 7
 
 
