@@ -1033,29 +1033,37 @@ def load_denoiser(path, make_network, device, **asked):
     return ema.eval().requires_grad_(False), settings._replace(steps=checkpoint["step"])
 
 
-def new_run(options, make_network):
-    """A new network, its `RunSettings`, and what to train it on: images, uint8 `(n, 1, h, w)`, and labels, `(n,)`."""
+def new_run(options, path, make_network):
+    """A new network, its `RunSettings`, where it begins (see `run_resumable`), and what to train it on: images, uint8
+    `(n, 1, h, w)`, and labels, `(n,)`; None if the run in the checkpoint at `path` has finished."""
     preset_name = options.preset or "small"
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size
     if batch_size % tools.PROCESSES:
         raise tools.UserError(f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, one share each")
-    images, labels, classes, name = tools.load_data(options.data, "train", options.data_dir)
-    n, height, width = images.shape
-    print(f"data      {name}: {n:,} images, {height} × {width}, {len(classes)} classes")
-    images, labels = pad(torch.from_numpy(images)[:, None], preset), torch.from_numpy(labels)
-    sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
-    if not sigma_data:
-        raise tools.UserError(f"{name}: all images are the same grey; there is nothing to learn")
+    train = tools.load_data(options.data, "train", options.data_dir)
+    n, classes, counts = len(train.labels), train.classes, np.bincount(train.labels)
+    shown = [f"{name} ({count:,})" for name, count in zip(classes, counts, strict=True)]
+    print(f"data      {train.name}: {n:,} images of {', '.join(shown[:30])}{', …' * (len(shown) > 30)}")
     torch.manual_seed(options.seed)
     network = make_network(preset, len(classes))
     steps = max(1, round((options.epochs * n if options.epochs else preset.images_seen) / batch_size))
     if steps * batch_size < preset.images_seen / 10:
         enough = f"for {preset.images_seen:,}, use --epochs {math.ceil(preset.images_seen / n)}"
         print(f"note      training will see only {steps * batch_size:,} images, so expect noisy samples; {enough}")
-    training = {"preset": preset_name, "steps": steps, "batch_size": batch_size, "seed": options.seed}
-    of_data = {"data": name, "images": n, "classes": classes, "size": (height, width), "sigma_data": sigma_data}
-    return network, RunSettings(network=type(network).__name__, **training, **of_data), images, labels
+    known = {"network": type(network).__name__, "preset": preset_name, "steps": steps, "batch_size": batch_size}
+    known |= {"seed": options.seed, "data": train.name, "images": n, "classes": classes}
+    checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **known)
+    if checkpoint and checkpoint["step"] == steps:
+        return network, checkpoint["settings"], checkpoint, None
+    images = pad(torch.from_numpy(train.images)[:, None], preset)
+    sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
+    if not sigma_data:
+        raise tools.UserError(f"{train.name}: all images are the same grey; there is nothing to learn")
+    settings = RunSettings(**known, size=train.images.shape[1:], sigma_data=sigma_data)
+    if checkpoint:
+        tools.check_same(path, checkpoint["settings"], **settings._asdict())
+    return network, settings, checkpoint or {"settings": settings, "step": 0}, (images, torch.from_numpy(train.labels))
 
 
 @torch.no_grad()
@@ -1071,9 +1079,8 @@ def preview(ema, settings, make_denoise, held):
 
 def fit(options, path, make_network, make_denoise, change_batches):
     """Train as the options say, or resume from the checkpoint at `path`; see `train_or_load`."""
-    device, (network, settings, *dataset) = tools.choose_device(options.device), new_run(options, make_network)
-    checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **settings._asdict())
-    checkpoint = checkpoint or {"settings": settings, "step": 0}
+    device = tools.choose_device(options.device)
+    network, settings, checkpoint, dataset = new_run(options, path, make_network)
     tools.join_processes(device, (settings, checkpoint["step"]))
     if checkpoint["step"] == settings.steps:
         print("training  finished in an earlier run; --restart starts over")
@@ -1098,7 +1105,8 @@ def fit(options, path, make_network, make_denoise, change_batches):
     unseen = pad(torch.from_numpy(test.images)[:, None], preset).to(device)
     if test.name == settings.data and not torch.equal(unseen, images):
         held["held-out images"] = draw(unseen, torch.from_numpy(test.labels).to(device))
-    print(f"network   {settings.network}, preset {settings.preset}: {count_parameters(denoiser):,} parameters")
+    shape = " × ".join(map(str, settings.size))
+    print(f"network   {settings.network}, {settings.preset}, for {shape}: {count_parameters(denoiser):,} parameters")
     print(f"device    {tools.PROCESSES} × {device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
     print(f"watch     {path.with_name('progress.png')} and loss.png")
     state = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}
@@ -1149,7 +1157,12 @@ def save_samples(out, title, samples, rows=(), columns=10):
     images, strip = samples
     tools.write_atomically(out / "samples.npy", lambda file: np.save(file, images.numpy()))
     print(f"wrote {out / 'samples.npy'}")
-    tools.save_picture(tools.plot_grid(title, images, columns, rows), out / "samples.png")
+    shown = images[:400]
+    if rows:  # the first of each class
+        kept = max(1, min(columns, 400 // len(rows)))
+        shown, columns = images.unflatten(0, (-1, columns))[:, :kept].flatten(0, 1), kept
+    part = f"\n{len(shown):,} of {len(images):,}" * (len(shown) < len(images))
+    tools.save_picture(tools.plot_grid(title + part, shown, columns, rows), out / "samples.png")
     tools.save_picture(plot_denoising(f"{title}: from noise to garment", strip), out / "denoising.png")
 
 

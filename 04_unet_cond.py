@@ -14,6 +14,7 @@ import functools
 import importlib
 import math
 import os
+import unicodedata
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -195,6 +196,8 @@ def generate(denoise, noise_ids):
 def show_labels():
     denoiser, settings = load_demo_model()
     n, rows = len(settings.classes), 4
+    if n == 1:
+        return print("   needs at least two classes")
     label = torch.arange(n, device=denoiser.device).repeat(rows)
     noise_ids = [(0, 0, row) for row in range(rows) for _ in range(n)]
     images = generate(functools.partial(denoiser, label=label), noise_ids)  # (rows n) 1 h w
@@ -294,6 +297,8 @@ def blend(denoiser, one, other, steps):
 def show_blend():
     denoiser, settings = load_demo_model()
     n, steps, rows, largest = len(settings.classes), 9, [], []
+    if n == 1:
+        return print("   needs at least two classes")
     pairs = ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6)) if n >= 10 else [(one, (one + 1) % n) for one in range(n)]
     names = [f"{settings.classes[one]} to\n{settings.classes[other]}" for one, other in pairs]
     label = torch.arange(steps, device=denoiser.device)
@@ -346,12 +351,15 @@ def show_look():
 # %% The command
 def find_classes(text, classes):
     """The indices of the classes to sample: the one with that name or number, or all if text is None. Raises UserError
-    if there is no such class."""
-    names = [name.lower() for name in classes]
+    if there is no such class, or if several differ from the text only in case."""
     if text is None:
         return list(range(len(classes)))
-    if text.lower() in names:
-        return [names.index(text.lower())]
+    for form in (str, lambda name: unicodedata.normalize("NFC", name).casefold()):
+        found = [label for label, name in enumerate(classes) if form(name) == form(text)]
+        if len(found) == 1:
+            return found
+        if found:
+            raise tools.UserError(f"--class {text}: may be {' or '.join(classes[label] for label in found)}")
     if text.isdecimal() and int(text) < len(classes):
         return [int(text)]
     last = len(classes) - 1

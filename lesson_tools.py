@@ -9,7 +9,9 @@ import functools
 import io
 import math
 import os
+import re
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -29,8 +31,12 @@ from tqdm import tqdm
 import data
 
 RUNS = Path(__file__).resolve().parent / "runs"  # a folder for each script
+if not hasattr(sys, "ps1"):  # a script needs no display; a notebook's cell draws as its notebook does
+    plt.switch_backend("agg")
+plt.rcdefaults()  # a matplotlibrc may draw images upside down
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 120})
 plt.rcParams.update({"image.cmap": "gray", "image.interpolation": "nearest"})
+plt.rcParams["text.parse_math"] = False  # a class may be called "$5 to $10"
 
 
 class UserError(Exception):
@@ -73,11 +79,18 @@ def run_command(main):
     """Run a script's `main`, except in a cell. An error the user can fix becomes one line, and exit status 2."""
     if is_cell(main):
         return
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # IPython's has not
+            stream.reconfigure(errors="replace")  # whatever encoding it has, "×" becomes a question mark at worst
     try:
         main()
         return
     except (UserError, data.DataError, OSError) as error:
         message, status = error, 2
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(r"out of memory|enough memory|can't allocate", str(error)):
+            raise
+        message, status = "out of memory; try a smaller --batch-size or, when sampling, a smaller --n", 2
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -95,6 +108,9 @@ def plot_lines(axes, x, lines, **labels):
     if len(x) < 12:
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.minorticks_off()
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_scale() == "log":  # 0.1 instead of 10 to the power of -1
+            axis.set(major_formatter="{x:g}", minor_formatter="")
 
 
 def plot_curves(title, x, lines, **labels):
@@ -141,7 +157,7 @@ def plot_images(axes, images, columns, rows=(), titles=()):
 
 def plot_grid(title, images, columns, rows=(), titles=()):
     """A figure of such a grid."""
-    scale = min(12, max(4, 0.8 * columns)) / columns  # inches per image
+    scale = min(1.4, min(12, max(4, 0.8 * columns)) / columns)  # inches per image
     width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
     figure, axes = plt.subplots(figsize=(max(8, width), height + 0.3 * bool(titles)), layout="compressed")
     plot_images(axes, images, columns, rows, titles)
@@ -160,7 +176,8 @@ def plot_losses(title, losses, previews):
     for name, line in zip(measured[0], ("--", "-"), strict=False):
         values = [losses[name] for losses in measured]
         axes.plot(steps, values, line, color="tab:orange", marker="o", markersize=4, label=f"averaged weights, {name}")
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, min(1.1, 1.1 * losses.max())), title=title)
+    top = max(2.5 * np.median(losses), 1.2 * max(measured[-1].values()))  # the first losses may be higher
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, min(1.1, top)), title=title)
     axes.legend(loc="upper right")
     return figure
 
@@ -218,8 +235,8 @@ def load_images(split, n):
 
     split: "train" or "test". The images are float32 `(n, 1, 28, 28)` in [-1, 1].
     """
-    images, _, _, name = load_data(split=split)
-    return F.interpolate(torch.from_numpy(images[:n])[:, None] / 127.5 - 1, size=(28, 28)), name
+    found = load_data(split=split)
+    return F.interpolate(torch.from_numpy(found.images[:n])[:, None] / 127.5 - 1, size=(28, 28)), found.name
 
 
 def load_one_of_each():
@@ -244,7 +261,13 @@ def choose_device(name):
     """The torch.device for --device; "auto" is an NVIDIA GPU if there is one, otherwise the CPU. Raises UserError if
     there is no such device."""
     mps = torch.backends.mps.is_available() and PROCESSES == 1  # DistributedDataParallel can't use it
-    there = {"cuda": torch.cuda.is_available(), "cpu": True, "mps": mps}
+    try:  # the GPU, or its driver, may be too old for this PyTorch
+        cuda = torch.cuda.is_available() and bool(torch.ones(1, device="cuda").sum() == 1)
+    except RuntimeError:
+        cuda = False
+    there = {"cuda": cuda, "cpu": True, "mps": mps}
+    if name == "auto" and not cuda and shutil.which("nvidia-smi"):
+        print("note      this PyTorch can't use the NVIDIA GPU (pytorch.org has others): the CPU takes its place")
     available = [device for device in there if there[device]]
     if name not in ("auto", *available):
         raise UserError(f"--device {name}: not available here, only {', '.join(available)}")
@@ -473,9 +496,8 @@ def make_parser(script, description):
     """The command line that all scripts share: --out DIR. script: its `__file__`; description: its docstring."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0], allow_abbrev=False)
     out = RUNS / Path(script).stem
-    parser.add_argument(
-        "--out", type=writable_folder, default=str(out), metavar="DIR", help="folder to write to (default: %(default)s)"
-    )
+    said = "folder to write to (default: %(default)s)"
+    parser.add_argument("--out", type=writable_folder, default=str(out), metavar="DIR", help=said)
     return parser
 
 
@@ -487,12 +509,7 @@ def make_run_parser(script, description, presets):
     add("--data", choices=data.NAMES, default="auto", help="auto: synthetic garments if Fashion-MNIST is unavailable")
     add("--data-dir", metavar="DIR", help="IDX files, or a folder of images per class (default: $FASHION_MNIST_DIR)")
     add("--preset", choices=presets, help="network and training settings (default: small)")
-    add(
-        "--epochs",
-        metavar="E",
-        type=number(float, 1e-9, 1e5),
-        help="passes over the data, or a fraction (default: by the preset)",
-    )
+    add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="passes over the data (default: by the preset)")
     add("--batch-size", metavar="B", type=count, help="images per training step (default: the preset's)")
     add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="seed of all random numbers (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
@@ -508,8 +525,11 @@ def make_run_parser(script, description, presets):
 def parse_run_options(parser):
     """Parse the command line of such a script. With several processes, only the first one shows, samples and prints."""
     options = parser.parse_args()
+    load_data.cache_clear()  # %run may find other data than before
     if options.show and (options.data, options.device) != ("auto", "auto"):
         parser.error("--show takes neither --data nor --device (use --data-dir for your own images)")
+    if options.data_dir == "":
+        parser.error("--data-dir is empty (a variable that isn't set?): name a folder, or leave it out")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir
     options.sample_only |= getattr(options, "pretrained", False)

@@ -3,10 +3,12 @@
 Xiao, Rasul and Vollgraf, 2017: "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms".
 """
 
+import contextlib
 import gzip
 import hashlib
 import http.client
 import os
+import tempfile
 import threading
 import urllib.request
 import zlib
@@ -17,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-CACHE = Path(__file__).parent / "fashion_mnist"
+HOME = os.environ.get("HOME") or os.environ.get("USERPROFILE") or tempfile.gettempdir()
+CACHES = (Path(__file__).parent / "fashion_mnist", Path(HOME) / ".cache" / "fashion_mnist")  # for downloads
 HOSTS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
@@ -57,40 +60,54 @@ class DownloadError(DataError):
     """No host could be reached, or none had the right files."""
 
 
-def load(split, named, may_download=True):
-    """Images, labels, class names and the data set's name, from the first place that has the files.
+def load(split, folder, may_download=True):
+    """Images, labels, class names, and the data set's name, which is None if these aren't the official files. Then the
+    classes are called "0", "1", ..., without those that no training image has.
 
-    The places are the folder that somebody named, which must hold the files; or else `data/fashion_mnist/`, and the
-    download, which fills it. Files other than the official ones are welcome; their classes are called "0", "1", ... and
-    the data set after its folder.
-
-    split: "train" or "test". named: that folder, or None. Raises DataError where no place has the files, or where one
-    of them is damaged; if they are only to be had by a download that failed, or that isn't wanted (may_download), it is
-    a DownloadError.
+    split: "train" or "test". folder: with the files; None is the cache, which a download fills. Raises DataError if a
+    file is missing or damaged; DownloadError if a download fails, or isn't wanted (may_download).
     """
-    if named:
-        folder = Path(named)
-    else:
-        folder = CACHE
+    if not folder:
+        folder = next((place for place in CACHES if all(find(place, name) for name in FILES[split])), None)
+        if not folder and not may_download:
+            raise DownloadError(f"{CACHES[0]}: Fashion-MNIST isn't there")
+        folder = folder or choose_cache()
         for name in FILES[split]:
-            if find(folder, name) is None:
-                if not may_download:
-                    raise DownloadError(f"{folder}: no {name}.gz")
-                download(name)
+            if not find(folder, name):
+                download(name, folder)
     contents = [read(folder, name, dimensions) for name, dimensions in zip(FILES[split], (3, 1), strict=True)]
     images, labels = (array for array, _ in contents)
     if len(images) != len(labels):
         raise DataError(f"{folder}: {len(images)} {split} images but {len(labels)} labels; there must be one each")
     if all(digest == SHA256[name][1] for (_, digest), name in zip(contents, FILES[split], strict=True)):
         return images, labels.astype(np.int64), CLASSES, "Fashion-MNIST"
-    train_labels = labels if split == "train" else read(folder, FILES["train"][1], 1)[0]
-    classes = tuple(str(number) for number in range(max(train_labels.max(), labels.max()) + 1))
-    return images, labels.astype(np.int64), classes, folder.resolve().name
+    numbers = np.unique(labels if split == "train" else read(folder, FILES["train"][1], 1)[0])
+    if unknown := {*labels.tolist()} - {*numbers.tolist()}:
+        raise DataError(f"{folder}: test images have labels that no training image has: {sorted(unknown)}")
+    return images, np.searchsorted(numbers, labels), tuple(map(str, numbers)), None
 
 
 def find(folder, name):
-    """The file's path, gzipped or plain; None where the folder holds neither."""
-    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+    """The file's path, or None: gzipped or plain, with a dot for the last dash of its name, or in a folder of its own
+    (as Kaggle's archive unpacks)."""
+    names = (name, name.replace("-idx", ".idx"))
+    paths = [folder / place / f"{stem}{end}" for stem in names for place in (".", stem) for end in (".gz", "")]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def is_in(folder):
+    """Whether the folder holds any of the files."""
+    return any(find(folder, name) for names in FILES.values() for name in names)
+
+
+def choose_cache():
+    """The first of the folders for downloads that can be written to. Raises DownloadError if there is none."""
+    for folder in CACHES:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            return folder
+    raise DownloadError(f"Fashion-MNIST is not downloaded: neither {CACHES[0]} nor {CACHES[1]} can be written to")
 
 
 def read(folder, name, dimensions):
@@ -125,9 +142,9 @@ def read(folder, name, dimensions):
     return array, hashlib.sha256(header + content).hexdigest()
 
 
-def download(name):
-    """Fetch one file into the cache from the first host that has the right one. Raises DownloadError if none has."""
-    (expected, _), path, troubles = SHA256[name], CACHE / f"{name}.gz", []
+def download(name, folder):
+    """Fetch one file into the folder from the first host that has the right one. Raises DownloadError if none has."""
+    (expected, _), path, troubles = SHA256[name], folder / f"{name}.gz", []
     for host in HOSTS:
         url = f"{host}{name}.gz"
         try:

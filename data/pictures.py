@@ -1,58 +1,113 @@
-"""Your own pictures: a folder with a folder of PNG or JPEG files for each class (as torchvision's ImageFolder).
+"""Your own pictures: a folder with a folder of them for each class (as torchvision's ImageFolder).
 
 Pillow reads them, on which matplotlib depends.
 """
 
-from pathlib import Path
+import functools
+from collections import Counter
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
-from data.fashion_mnist import DataError
+from data.fashion_mnist import FILES, DataError
 
 SIZE = 28
+SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # names of the splits' folders
+
+
+def look(folder):
+    """The folders in a folder, and the files that Pillow can read, without hidden ones; in alphabetical order."""
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX"))]
+    return [path for path in paths if path.is_dir()], [path for path in paths if path.suffix.lower() in SUFFIXES]
 
 
 def find(folder):
-    """The pictures of each class, by its name: `{folder's name: [paths]}`, in alphabetical order; {} if there are none.
+    """The pictures for training and for test, `{class: [paths]}` each.
 
-    Raises DataError where one class has pictures and another has none.
+    Folders for training and test are these splits, if there are no others. If not, every tenth picture of a class is
+    for test; if no class has ten, the last one of the largest; and if none has even two, both splits are all.
     """
-    classes = {}
-    for path in sorted(Path(folder).glob("[!.]*/")):
-        files = sorted(path.glob("[!.]*"))
-        classes[path.name] = [file for file in files if file.suffix.lower() in (".png", ".jpg", ".jpeg")]
-    empty = [name for name, paths in classes.items() if not paths]
-    if len(empty) == len(classes):
-        return {}
-    if empty:
-        raise DataError(f"{Path(folder) / empty[0]}: no PNG or JPEG file; each class's folder must hold some")
+    folders = {path.name.lower(): path for path in look(folder)[0]}
+    train, test = ([folders[name] for name in names if name in folders] for names in (TRAIN, TEST))
+    if train and test and folders.keys() <= {*TRAIN, *TEST}:
+        return find_classes(train[0], folder.name), find_classes(test[0], folder.name)
+    classes = find_classes(folder, folder.name)
+    last = max(classes.values(), key=len)[1:][-1:]
+    held_out = {path for paths in classes.values() for path in paths[9::10]} or {*last}
+    splits = [{name: [] for name in classes} for _ in range(2)]
+    for name, paths in classes.items():
+        for path in paths:
+            splits[path in held_out][name].append(path)
+    return splits if held_out else (classes, classes)
+
+
+def find_classes(folder, name):
+    """The pictures of each class, whose name is its folder's; pictures in no such folder are one class, `name`."""
+    folders, pictures = look(folder)
+    classes = {path.name: look(path)[1] for path in folders}
+    if not any(classes.values()):
+        classes = {name: pictures}
+    if not any(classes.values()):
+        there, files = (
+            sorted(path.name for path in folder.iterdir()),
+            [name for names in FILES.values() for name in names],
+        )
+        needs = f"needs a folder of pictures for each class, or {', '.join(files)}"
+        raise DataError(f"{folder}: {needs}; in it there is {', '.join(there[:5]) or 'nothing'}")
+    if empty := [name for name in classes if not classes[name]]:
+        raise DataError(f"{folder / empty[0]}: no picture that can be read; each class's folder must hold some")
     return classes
 
 
-def load(split, folder, classes):
-    """Images, labels, class names and the folder's name. The images are grey, and fitted to 28 × 28 pixels with black.
+def load(split, folder):
+    """A function that reads the images; the labels; the class names. Raises DataError, as that function does.
 
-    classes: what `find` found. The test split is every tenth picture of a class; where no class has ten, the last one
-    of the largest; and if none has even two, both splits are all. Raises DataError where a file can't be read.
+    The images are grey, and fitted to 28 × 28 pixels with black. Reading them prints what is left out or lost.
     """
-    pictures = [(path, label) for label, paths in enumerate(classes.values()) for path in paths]
-    largest = max(classes.values(), key=len)
-    held_out = {path for paths in classes.values() for path in paths[9::10]}
-    if not held_out and len(largest) > 1:
-        held_out = {largest[-1]}
-    chosen = [pair for pair in pictures if (pair[0] in held_out) == (split == "test")] or pictures
-    images, coloured = zip(*(read(path) for path, _ in chosen), strict=True)
-    name = Path(folder).resolve().name
-    if any(coloured):
-        print(f"{name}, {split}: {sum(coloured):,} of {len(chosen):,} pictures have colours, and are made grey")
-    return np.stack(images), np.array([label for _, label in chosen]), tuple(classes), name
+    splits = train, test = find(folder)
+    classes, chosen = tuple(train), train if split == "train" else test
+    if unknown := [name for name in test if name not in train]:
+        raise DataError(f"{folder}: there are no training images of the test images' class {unknown[0]}")
+
+    def read_images():
+        paths = sorted({path for each in splits for paths in each.values() for path in paths})
+        images = read_all(folder, tuple((path, path.stat().st_mtime_ns) for path in paths))
+        return np.stack([images[path] for paths in chosen.values() for path in paths])
+
+    return read_images, np.array([classes.index(name) for name in chosen for _ in chosen[name]]), classes
+
+
+@functools.lru_cache(maxsize=1)
+def read_all(folder, files):
+    """The images of both splits, by path. files: each one's path, and the time of its last change."""
+    images, coloured, grey, troubles = {}, 0, [], []
+    for path, _ in tqdm(files, "reading pictures", leave=False, disable=None):
+        try:
+            images[path], has_colours = read(path)
+            coloured += has_colours
+            grey += [path.name] * bool(np.ptp(images[path]) < 16)
+        except DataError as error:
+            troubles.append(str(error))
+    if troubles:
+        raise DataError("; ".join(troubles[:10]) + f"; and {len(troubles) - 10:,} more" * (len(troubles) > 10))
+    others = Counter(path.suffix for path in folder.rglob("[!.]*") if path.is_file() and path not in images)
+    for count, what in (
+        (others.total(), f"other files are left out ({', '.join(sorted(others))})"),
+        (coloured, f"of {len(images):,} pictures have colours, and are made grey"),
+        (len(grey), f"of {len(images):,} pictures become almost a single grey, first {', '.join(grey[:1])}"),
+    ):
+        if count:
+            print(f"{folder.name}: {count:,} {what}")
+    return images
 
 
 def read(path):
     """A picture as uint8 `(28, 28)`, what is transparent being black; and whether it had colours."""
     try:
         with Image.open(path) as image:
+            image.draft(None, (4 * SIZE, 4 * SIZE))  # a large JPEG is read at a fraction of its size
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):  # 16 bits a pixel, which conversion would cut off at 255
                 upright = Image.fromarray((np.asarray(upright) / 257).astype(np.uint8))

@@ -99,8 +99,8 @@ def accuracy(model, images, labels):
 
 def measure(train_set, test_set, seeds, steps, pretraining_steps):
     """Test accuracies: a dictionary from each learner's name to `(shares, seeds)`, and the numbers of images."""
-    images, labels = (torch.from_numpy(array) for array in train_set[:2])
-    test_images, test_labels = (torch.from_numpy(array) for array in test_set[:2])
+    images, labels = (torch.from_numpy(array) for array in (train_set.images, train_set.labels))
+    test_images, test_labels = (torch.from_numpy(array) for array in (test_set.images, test_set.labels))
     sizes = [round(share * len(images)) for share in SHARES]
     n_classes, size = len(train_set.classes), images.shape[-1]
     results = {}

@@ -134,7 +134,7 @@ class Panel:
     """The two judges, and what they see in the test images."""
 
     def __init__(self, train, test, device):
-        images, labels = (torch.from_numpy(array).to(device) for array in train[:2])
+        images, labels = (torch.from_numpy(array).to(device) for array in (train.images, train.labels))
         self.judges = {name: get_judge(name, images, labels) for name in ARCHITECTURES}
         test_images = to_range(torch.from_numpy(test.images))
         self.seen = {name: look(judge, test_images) for name, judge in self.judges.items()}
@@ -277,7 +277,7 @@ def work(options):
     options.n = options.n or (2_000 if options.sweep else 10_000)
     device = tools.choose_device(options.device)
     train, test = (tools.load_data(options.data, split, options.data_dir) for split in data.SPLITS)
-    sources, seen = {train[2:], test[2:]}, options.epochs * len(train.images)
+    sources, seen = {(split.classes, split.name) for split in (train, test)}, options.epochs * len(train.labels)
     if options.checkpoint:
         denoiser, settings = load_denoiser(options.checkpoint, device)
         sources, seen = sources | {(settings.classes, settings.data)}, settings.images_seen

@@ -122,6 +122,15 @@ def test_a_class_is_found_by_name_or_number(lesson4):
             lesson4.find_classes(text, CLASSES)
 
 
+def test_a_class_is_found_exactly_first_and_never_by_guessing(lesson4):
+    assert lesson4.find_classes("a", ("A", "a", "b")) == [1]
+    assert lesson4.find_classes("B", ("A", "a", "b")) == [2]
+    assert lesson4.find_classes("STRASSE", ("Weg", "straße")) == [1]
+    assert lesson4.find_classes("é", ("e", "E\u0301")) == [1]  # as macOS writes it in a folder's name
+    with pytest.raises(tools.UserError, match=r"--class BAG: may be Bag or bag$"):
+        lesson4.find_classes("BAG", ("Bag", "bag"))
+
+
 def test_heads_of_another_size_are_refused(lesson4):
     with pytest.raises(ValueError, match="head_dim must divide the 12 channels"):
         lesson4.AttentionResBlock(8, 12, 4, 16).add_attention(head_dim=8)

@@ -21,7 +21,7 @@ from test_01_time_embedding import DEVICES, section_titles
 from test_data import idx, write_pictures
 
 import lesson_tools as tools
-from data import fashion_mnist, load
+from data import Dataset, fashion_mnist, load
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "garments", "--epochs", "0.012", "--batch-size", "10", "--steps", "2", "--n", "2", "--device", "cpu"]
@@ -108,7 +108,7 @@ def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     for output, _ in said:
-        assert "data      garments: 10,000 images, 28 × 28, 10 classes\n" in output
+        assert "data      garments: 10,000 images of T-shirt/top (1,000), Trouser (1,000), " in output
         assert "network   garments, CondUNet, small, 20 images seen, after 2 of 2 steps\n" in output
     output, errors = next(one for one in said if "2 steps of 10 images" in one[0])
     lines = output.splitlines()
@@ -177,7 +177,8 @@ def test_show_draws_the_lesson_and_does_not_train(lesson4, nothing_loaded, run, 
     folder, out = write_symbols(tmp_path / "symbols", 18, 30), tmp_path / "out"
     options = [*TINY[2:], "--epochs", "1", "--data-dir", folder, "--out", out]
     output, _ = run(lesson4, *options)
-    assert "symbols: 40 images, 18 × 30, 3 classes" in output
+    assert "symbols: 40 images of 0 (14), 1 (13), 2 (13)\n" in output
+    assert "CondUNet, small, for 18 × 30: " in output
     assert np.load(out / "samples.npy").shape == (6, 1, 18, 30)
     before = (out / "checkpoint.pt").stat().st_mtime_ns
     output, _ = run(lesson4, "--show", "--out", out)
@@ -210,7 +211,7 @@ def test_show_of_lesson_3_on_few_pictures(lesson3, nothing_loaded, run, tmp_path
 @pytest.mark.parametrize("options", [["--no-time"], ["--preset", "lecture"]])
 def test_without_time_and_the_other_preset(lesson3, run, tmp_path, options):
     output, _ = run(lesson3, *TINY, *options, "--epochs", "0.002", "--out", tmp_path)
-    assert ("network   UntimedUNet," if options == ["--no-time"] else "preset lecture") in output
+    assert ("network   UntimedUNet," if options == ["--no-time"] else "lecture, for 28 × 28") in output
     assert np.load(tmp_path / "samples.npy").shape == (2, 1, 28, 28)  # the lecture's at 32 × 32, cropped
 
 
@@ -224,12 +225,92 @@ def write_symbols(folder, height, width):
     return folder
 
 
+NAMES = ["Cheap $5 to $10", "$5_^$", "\\frac", "100 %", "_a_", "{0}", "été", "<b>&", "名前", "two\nlines"]
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_any_name_can_be_drawn(lesson4, nothing_loaded, run, tmp_path):
+    """Also a data set's. Nothing in it is taken for mathematics, or for anything else than letters."""
+    folder = write_pictures(tmp_path / "$a$ {set}", len(NAMES), 1)
+    for label, name in enumerate(NAMES):
+        (folder / f"class {label}").rename(folder / name)
+    output, _ = run(lesson4, *TINY[2:], "--epochs", "1", "--data-dir", folder, "--out", tmp_path)
+    assert "no picture" not in output and sorted(path.name for path in tmp_path.glob("*.*")) == FILES
+    run(lesson4, "--sample-only", "--class", NAMES[0], *TINY[-6:], "--out", tmp_path)
+    assert "wrote" in run(lesson4, "--show", "--out", tmp_path)[0]
+    assert len(list((tmp_path / "lesson").iterdir())) == 7
+
+
+def test_a_finished_run_reads_no_pictures_to_sample_again(lesson4, nothing_loaded, run, tmp_path):
+    folder = write_pictures(tmp_path / "squares", 2, 3)
+    options = [*TINY[2:], "--epochs", "4", "--data-dir", folder, "--out", tmp_path]
+    run(lesson4, *options)
+    (folder / "class 0" / "00.png").write_bytes(b"no picture")
+    tools.load_data.cache_clear()
+    assert "finished in an earlier run" in run(lesson4, *options)[0]
+    (folder / "class 0" / "00.png").unlink()  # names and counts are compared
+    tools.load_data.cache_clear()
+    assert "images 5 there, 4 here" in run(lesson4, *options, status=2)[1]
+
+
+def test_many_samples_are_kept_and_some_are_drawn(lesson3, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tools, "plot_grid", lambda *given: drawn.append(given))
+    monkeypatch.setattr(tools, "save_picture", lambda figure, path: None)
+    monkeypatch.setattr(lesson3, "plot_denoising", lambda *given: None)
+    images = torch.arange(3000.0).view(-1, 1, 1, 1)
+    for rows, columns in (([], 10), (["a", "b", "c"], 1000), ([str(i) for i in range(300)], 10), (["a"], 3000)):
+        lesson3.save_samples(tmp_path, "some", (images, []), rows, columns)
+        assert np.load(tmp_path / "samples.npy").shape == (3000, 1, 1, 1)
+        title, shown, kept, _ = drawn[-1]
+        assert title == f"some\n{len(shown):,} of 3,000" and 250 <= len(shown) <= 400 and len(shown) % kept == 0
+        each = shown.view(-1, kept) - torch.arange(kept)  # the first of each row
+        assert (each == torch.arange(len(each))[:, None] * (columns if rows else kept)).all()
+    lesson3.save_samples(tmp_path, "some", (images[:30], []), ["a", "b", "c"], 10)
+    assert drawn[-1][0] == "some" and len(drawn[-1][1]) == 30
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to", "DefaultCPUAllocator: can't allocate memory: you"])
+def test_too_little_memory_is_one_line(lesson4, run, tmp_path, monkeypatch, lesson3, message):
+    for error in (RuntimeError(message), MemoryError()):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(lesson3, "denoising_loss", fail)
+        _, errors = run(lesson4, *TINY, "--out", tmp_path, status=2)
+        assert errors.splitlines()[-1] == (
+            "04_unet_cond.py: out of memory; try a smaller --batch-size or, when sampling, a smaller --n"
+        )
+    monkeypatch.setattr(lesson3, "denoising_loss", lambda *_: torch.zeros(2) @ torch.zeros(3))  # another RuntimeError
+    with pytest.raises(RuntimeError, match="size"):
+        run(lesson4, *TINY, "--out", tmp_path)
+
+
+def test_where_a_script_is_run_changes_nothing(tmp_path):
+    """Not a matplotlibrc, nor the backend of the notebook that starts it; and no terminal lacks a character."""
+    (tmp_path / "matplotlibrc").write_text("image.origin: lower\nsavefig.format: svg\nbackend: tkagg\n")
+    surroundings = {"MATPLOTLIBRC": tmp_path / "matplotlibrc", "PYTHONIOENCODING": "cp1251"}
+    surroundings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # and nothing of that name can be imported
+    (tmp_path / "matplotlib_inline.py").write_text("")
+    command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.001", "--class", "Bag"]
+    pictures = []
+    for name, more in (("plain", {}), ("strange", surroundings | {"PYTHONPATH": tmp_path})):
+        environment = os.environ | {key: str(value) for key, value in more.items()}
+        result = subprocess.run([*command, "--out", tmp_path / name], env=environment, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        pictures.append(np.asarray(Image.open(tmp_path / name / "samples.png")))
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == FILES
+    assert b"for 28 ? 28: " in result.stdout
+    np.testing.assert_array_equal(*pictures)
+
+
 @pytest.mark.parametrize(("n_classes", "each"), [(10, 10), (1, 1)])
 def test_ones_own_pictures(lesson4, run, tmp_path, n_classes, each):
     folder = write_pictures(tmp_path / "squares", n_classes, each)
     options = ["--epochs", 20 / (n_classes * each), "--data-dir", folder, "--out", tmp_path / "out"]
     output, _ = run(lesson4, *TINY[2:], *options, "--class", "class 0")
-    assert f"squares: {max(1, n_classes * (each - 1))} images, 28 × 28, {n_classes} classes" in output
+    assert f"squares: {max(1, n_classes * (each - 1))} images of class 0 ({max(1, each - 1)})" in output
     assert np.load(tmp_path / "out" / "samples.npy").shape == (2, 1, 28, 28)
 
 
@@ -279,9 +360,10 @@ def test_a_preset_sees_as_many_images_whatever_the_data(lesson3, monkeypatch, na
     parser, _ = tools.make_run_parser("03.py", "", lesson3.PRESETS)
     for n, arguments in ((40, []), (10_000, []), (60_000, []), (60_000, ["--epochs", str(images / 60_000)])):
         pixels = np.arange(4 * n).astype(np.uint8).reshape(n, 2, 2)
-        monkeypatch.setattr(tools, "load_data", lambda *_: (pixels, np.zeros(n, np.int64), ("a",), "b"))  # noqa: B023
+        found = Dataset(lambda: pixels, np.zeros(n, np.int64), ("a",), "b")  # noqa: B023
+        monkeypatch.setattr(tools, "load_data", lambda *_: found)  # noqa: B023
         options = parser.parse_args([*arguments, "--preset", name, "--out", str(tmp_path)])
-        _, settings, *_ = lesson3.new_run(options, lesson3.make_network)
+        _, settings, *_ = lesson3.new_run(options, tmp_path / "checkpoint.pt", lesson3.make_network)
         assert settings.steps == round(images / lesson3.PRESETS[name].batch_size)
 
 
@@ -456,7 +538,10 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--rest"], "unrecognized"),
         (["--out", __file__], "must be a folder that can be written to"),
         (["--data", "garments", "--data-dir", "."], "leave --data-dir out"),
-        (["--data-dir", "/nonexistent"], "train-images-idx3-ubyte"),
+        (["--data-dir", "/nonexistent"], "/nonexistent: no such folder"),
+        (["--data-dir", __file__], "a file, not a folder"),
+        (["--data-dir", ""], "--data-dir is empty"),
+        (["--data-dir", "", "--show"], "--data-dir is empty"),
         (["--sample-only"], "no checkpoint there"),
         (["--sample-only", "--restart"], "not allowed with"),
         (["--pretrained", "--restart"], "not allowed with"),
@@ -472,7 +557,7 @@ def test_lesson_2_says_in_one_line_that_the_data_is_not_there(nothing_loaded, ru
     lesson2 = importlib.import_module("02_attention")
     monkeypatch.setenv("FASHION_MNIST_DIR", "/nonexistent")
     _, errors = run_untouched(lesson2, "--out", tmp_path, status=2)
-    assert "t10k-images-idx3-ubyte" in errors
+    assert "/nonexistent: no such folder" in errors
 
 
 WORDS = st.sampled_from(["", "0", "-1", "3", "nan", "1e9", "9" * 30, "½", "x y", "--", "./", "Ankle boot"])
@@ -501,7 +586,7 @@ def test_any_command_line_is_run_or_refused(lesson3, lesson4, run, tmp_path_fact
     monkeypatch.chdir(folder)
     write_symbols(folder / "symbols", 18, 30)
     write_pictures(folder / "squares", 3, 2)
-    monkeypatch.setattr(fashion_mnist, "CACHE", folder)
+    monkeypatch.setattr(fashion_mnist, "CACHES", (folder / "cache",))
     monkeypatch.setattr(fashion_mnist, "HOSTS", ())
     brief = ["--epochs", "0.0003", "--batch-size", "10", "--steps", "1", "--n", "1", "--out", "one"]
     for which, arguments in lines:

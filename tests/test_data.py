@@ -48,10 +48,11 @@ def digits(tmp_path, monkeypatch):
 @needs_official
 @pytest.mark.parametrize(("split", "n"), [("train", 60_000), ("test", 10_000)])
 def test_the_official_files_are_recognised(split, n):
-    images, labels, classes, name = data.load("fashion-mnist", split, OFFICIAL)
+    found = data.load("fashion-mnist", split, OFFICIAL)
+    images, labels = found.images, found.labels
     assert (images.shape, images.dtype, labels.dtype) == ((n, 28, 28), np.uint8, np.int64)
     assert np.bincount(labels).tolist() == [n // 10] * 10
-    assert (classes[9], name) == ("Ankle boot", "Fashion-MNIST")
+    assert (found.classes[9], found.name) == ("Ankle boot", "Fashion-MNIST")
     # trousers are narrow and sneakers low: labels belong to their images
     lit = images > 50
     assert lit[labels == 1].any(axis=1).mean() < lit[labels == 4].any(axis=1).mean()
@@ -66,7 +67,7 @@ def test_the_sums_that_a_download_must_have(name):
 
 
 def test_downloads_are_kept_in_the_project_wherever_a_script_is_run():
-    assert Path(__file__).parent.parent / "data" / "fashion_mnist" == fashion_mnist.CACHE
+    assert Path(__file__).parent.parent / "data" / "fashion_mnist" == fashion_mnist.CACHES[0]
 
 
 @needs_official
@@ -78,12 +79,46 @@ def test_unpacked_official_files_are_official_too(tmp_path):
 
 def test_other_files_get_numbers_for_names(digits, monkeypatch):
     monkeypatch.setenv("FASHION_MNIST_DIR", str(digits))
-    images, labels, classes, name = data.load("auto", "train")
-    assert (images.shape, labels.tolist()) == ((20, 12, 8), [0, 1, 2, 3] * 5)
-    assert (classes, name) == (("0", "1", "2", "3"), "digits")
-    images[:] = 0  # can be written to
+    found = data.load("auto", "train")
+    assert (found.images.shape, found.labels.tolist()) == ((20, 12, 8), [0, 1, 2, 3] * 5)
+    assert (found.classes, found.name) == (("0", "1", "2", "3"), "digits")
+    found.images[:] = 0  # can be written to
     (digits / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(8, np.uint8)))
-    assert data.load("fashion-mnist", "test", digits).classes == classes
+    assert data.load("fashion-mnist", "test", digits).classes == found.classes
+
+
+def test_a_label_that_no_image_has_is_no_class(digits):
+    """EMNIST's letters are 1 to 26."""
+    labels = digits / "train-labels-idx1-ubyte", digits / "t10k-labels-idx1-ubyte"
+    labels[0].write_bytes(idx(np.uint8([3, 7, 26, 7] * 5)))
+    labels[1].write_bytes(idx(np.uint8([26, 3] * 4)))
+    train, test = (data.load("auto", split, digits) for split in data.SPLITS)
+    assert train.classes == test.classes == ("3", "7", "26")
+    assert train.labels.tolist() == [0, 1, 2, 1] * 5 and test.labels.tolist() == [2, 0] * 4
+    labels[1].write_bytes(idx(np.uint8([26, 4] * 4)))
+    with pytest.raises(data.DataError, match=r"labels that no training image has: \[4\]"):
+        data.load("auto", "test", digits)
+
+
+@pytest.mark.parametrize("new", ["{}", "{stem}/{}", "raw/{}", "FashionMNIST/raw/{}", "digits/{stem}/{}"])
+@pytest.mark.parametrize("dot", [False, True])
+def test_files_under_nearly_the_right_names(digits, new, dot):
+    """As other pages and programs name them, or in a folder of its own for each, as Kaggle's archive unpacks."""
+    for path in [*digits.iterdir()]:
+        name = path.name.replace("-idx", ".idx") if dot else path.name
+        target = digits / new.format(name, stem=name.removesuffix(".gz"))
+        path.rename(path.with_name("moved"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name("moved").rename(target)
+    for split, n in (("train", 20), ("test", 8)):
+        found = data.load("auto", split, digits)
+        assert found.images.shape == (n, 12, 8) and found.name == "digits"
+
+
+def test_files_under_other_names_are_told_the_right_ones(tmp_path):
+    (tmp_path / "emnist-letters-train-images-idx3-ubyte.gz").write_bytes(b"")
+    with pytest.raises(data.DataError, match=r"or train-images-idx3-ubyte, .*; in it there is emnist-letters-train-im"):
+        data.load("auto", "train", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +188,7 @@ def host(digits, tmp_path, monkeypatch):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=digits)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # asked to stop, it soon does
-    monkeypatch.setattr(fashion_mnist, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(fashion_mnist, "CACHES", (tmp_path / "cache", tmp_path / "home"))
     monkeypatch.setattr(fashion_mnist, "HOSTS", (f"http://127.0.0.1:{server.server_port}/",))
     packed = {name: (digits / f"{name}.gz").read_bytes() for name in fashion_mnist.FILES["train"]}
     versions = {name: (content, gzip.decompress(content)) for name, content in packed.items()}
@@ -172,7 +207,7 @@ def test_a_download_is_checked_kept_and_not_repeated(host, digits, monkeypatch, 
     monkeypatch.setattr(fashion_mnist, "HOSTS", (f"{host}impostor/",))
     with pytest.raises(data.DataError, match=f"expected SHA-256 {expected}, got {got}"):
         data.load("fashion-mnist", "train")
-    assert list(fashion_mnist.CACHE.glob("*")) == []
+    assert list(fashion_mnist.CACHES[0].glob("*")) == []
 
     capsys.readouterr()
     monkeypatch.setattr(fashion_mnist, "HOSTS", (f"{host}impostor/", host))
@@ -180,7 +215,7 @@ def test_a_download_is_checked_kept_and_not_repeated(host, digits, monkeypatch, 
     assert first.name == "Fashion-MNIST"
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "impostor/train-images" in line]
     assert expected in line and got in line
-    assert {path.name for path in fashion_mnist.CACHE.iterdir()} == {f"{name}.gz" for name in fashion_mnist.SHA256}
+    assert {path.name for path in fashion_mnist.CACHES[0].iterdir()} == {f"{name}.gz" for name in fashion_mnist.SHA256}
 
     monkeypatch.setattr(fashion_mnist, "HOSTS", ())
     np.testing.assert_array_equal(data.load("fashion-mnist", "train").images, first.images)
@@ -237,15 +272,31 @@ def test_a_host_that_misbehaves_is_given_up(host, tmp_path, monkeypatch, answer,
         with pytest.raises(data.DataError, match=complaint) as caught:
             data.load("fashion-mnist", "train")
         assert "\n" not in str(caught.value)
-        assert list(fashion_mnist.CACHE.glob("*")) == []
+        assert list(fashion_mnist.CACHES[0].glob("*")) == []
         monkeypatch.setattr(fashion_mnist, "HOSTS", (bad, host))
         assert data.load("fashion-mnist", "train").name == "Fashion-MNIST"
         server.shutdown()
 
 
+@pytest.mark.parametrize("writable", [True, False])
+def test_where_the_project_cannot_be_written_to_the_users_cache_is(host, tmp_path, monkeypatch, writable):
+    """If that can't either, nothing is fetched."""
+    (tmp_path / "a file").write_text("so no folder can be made in it")
+    caches = tmp_path / "a file" / "cache", tmp_path / "home" / ".cache" if writable else tmp_path / "a file"
+    monkeypatch.setattr(fashion_mnist, "CACHES", caches)
+    if writable:
+        first = data.load("fashion-mnist", "train")
+        monkeypatch.setattr(fashion_mnist, "HOSTS", ())
+        np.testing.assert_array_equal(data.load("fashion-mnist", "train").images, first.images)
+    else:
+        monkeypatch.setattr(fashion_mnist, "fetch", None)
+        with pytest.raises(fashion_mnist.DownloadError, match="can be written to"):
+            data.load("fashion-mnist", "train")
+
+
 def test_without_a_network_garments_take_its_place(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
-    monkeypatch.setattr(fashion_mnist, "CACHE", tmp_path)
+    monkeypatch.setattr(fashion_mnist, "CACHES", (tmp_path, tmp_path))
     monkeypatch.setattr(fashion_mnist, "HOSTS", ("http://127.0.0.1:9/",))
     monkeypatch.setitem(garments.SPLITS, "test", 20)
     assert data.load("auto", "test").name == "garments"
@@ -274,6 +325,7 @@ def test_folders_of_pictures(tmp_path, monkeypatch, capsys):
     (folder / ".hidden").mkdir()
     (folder / "readme.png").write_text("beside the classes, so not asked for")
     train, test = (data.load("auto", split, folder) for split in data.SPLITS)
+    assert capsys.readouterr().out == ""  # nothing has been read
     assert train.classes == test.classes == tuple(f"class {label}" for label in range(10))
     assert train.name == test.name == "squares"
     assert train.images.shape == (90, 28, 28) and test.images.shape == (10, 28, 28)
@@ -284,7 +336,106 @@ def test_folders_of_pictures(tmp_path, monkeypatch, capsys):
     assert not train.images[train.labels == 5, 18:].any()  # 23 of 40 pixels are 16.1 of 28
     monkeypatch.setenv("FASHION_MNIST_DIR", str(folder))
     np.testing.assert_array_equal(data.load(split="test").images, test.images)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "squares: 2 other files are left out (.png, .txt)\n"  # once
+
+
+def build(folder, *paths):
+    """A folder with files at these paths, whose parts are separated by "/": "3 a/x.png" are three in the folder a."""
+    for path in paths:
+        count, _, path = path.rpartition(" ")
+        for i in range(int(count or 1)):
+            file = (folder / path).with_stem(f"{Path(path).stem} {i}" if count else Path(path).stem)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if file.suffix.lower() in pictures.SUFFIXES:
+                Image.fromarray(np.uint8([[0, 255], [128, 40]])).save(file)
+            else:
+                file.write_text("something else")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("paths", "train", "test"),
+    [
+        (["3 x.png"], {"mine": 2}, {"mine": 1}),
+        (["20 x.jpg", "read.me"], {"mine": 18}, {"mine": 2}),
+        (["2 cats/x.png"], {"cats": 1}, {"cats": 1}),
+        (["12 training/0/x.png", "2 training/1/x.png"], {"0": 11, "1": 2}, {"0": 1}),
+        (["read.me", "2 set/raw/a/x.png", "set/raw/b/x.png", "__MACOSX/set/._a.png"], {"a": 1, "b": 1}, {"a": 1}),
+        (["12 train/a/x.png", "train/b/x.png", "test/a/x.png", "test/b/x.png"], {"a": 12, "b": 1}, {"a": 1, "b": 1}),
+        (["12 Training/a/x.png", "train.txt", "3 Validation/a/x.png"], {"a": 12}, {"a": 3}),
+        (["set/train/a/x.png", "2 set/val/a/x.png", "set/test/a/x.png"], {"a": 1}, {"a": 1}),
+        (["12 train/x.png", "2 test/x.png"], {"mine": 12}, {"mine": 2}),
+        (["2 train/x.png", "test/x.png", "bus/x.png"], {"bus": 1, "test": 1, "train": 1}, {"train": 1}),
+        (["3 a/x.webp", "a/x.gif", "a/x.bmp", "a/x.tif", "a/x.JPG", "b/x.png"], {"a": 6, "b": 1}, {"a": 1}),
+        (["2 a/x.png", "b/x.png", ".git/x.png", "b/.ipynb_checkpoints/x.png"], {"a": 1, "b": 1}, {"a": 1}),
+    ],
+)
+def test_layouts_that_people_have(tmp_path, paths, train, test):
+    folder = build(tmp_path / "mine", *paths)
+    for split, counts in (("train", train), ("test", test)):
+        found = data.load("auto", split, folder)
+        assert found.classes == tuple(train) and found.name == "mine"
+        assert np.bincount(found.labels, minlength=len(train)).tolist() == [counts.get(name, 0) for name in train]
+        assert found.images.shape == (len(found.labels), 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("paths", "complaint"),
+    [
+        (["40 a/x.heic", "b/x.heic"], r"mine: needs a folder of pictures for each class, or .*; in it there is a, b"),
+        (["fashion-mnist_train.csv"], r"in it there is fashion-mnist_train\.csv"),
+        ([".hidden"], r"in it there is \.hidden"),
+        (["2 a/x.png", "b/x.heic"], r"b: no picture that can be read; each class's folder must hold some"),
+        (["2 train/a/x.png", "test/b/x.png"], "there are no training images of the test images' class b"),
+        (["2 train/a/x.png", "test/x.txt"], r"test: needs a folder of pictures"),
+    ],
+)
+def test_layouts_that_are_refused(tmp_path, paths, complaint):
+    with pytest.raises(data.DataError, match=complaint):
+        data.load("auto", "train", build(tmp_path / "mine", *paths))
+
+
+def test_what_is_left_out_or_lost_is_said(tmp_path, capsys):
+    folder = build(tmp_path / "mine", "3 a/x.png", "40 a/y.heic", "b/x.png", "deeper/c/x.png", "deeper/x.png")
+    Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(folder / "a" / "twelve bits.png")
+    line = np.zeros((9, 9, 4), np.uint8)
+    line[4, :, 3] = 255
+    Image.fromarray(line).save(folder / "b" / "black on nothing.png")
+    assert data.load("auto", "train", folder).images.shape == (6, 28, 28)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "mine: 41 other files are left out (.heic, .png)"
+    assert said[1:] == ["mine: 2 of 7 pictures become almost a single grey, first twelve bits.png"]
+
+
+def test_all_broken_pictures_are_named_at_once(tmp_path):
+    """Those held out as well; ten of them, and how many more."""
+    folder = write_pictures(tmp_path / "squares", 1, 30)
+    for i in range(9, 30):
+        (folder / "class 0" / f"{i:02}.{('png', 'JPG')[i % 2]}").write_bytes(b"no picture")
+    for split in data.SPLITS:
+        with pytest.raises(
+            data.DataError, match=r"09.JPG: can't be read .*; .*18.png: can't .*; and 11 more$"
+        ) as caught:
+            data.load("auto", split, folder).images  # noqa: B018
+        assert str(caught.value).count("can't be read") == 10
+
+
+def test_large_photos_are_read_at_a_fraction_of_their_size(tmp_path, monkeypatch):
+    """And only once for both splits, as long as they stay as they are."""
+    (tmp_path / "a").mkdir()
+    y, x = np.mgrid[:2000, :3000]
+    for i in range(2):
+        Image.fromarray((y / 20 + (x + 100 * i) / 24).astype(np.uint8)).save(tmp_path / "a" / f"{i}.jpg")
+    sizes, pad = [], pictures.ImageOps.pad
+    monkeypatch.setattr(pictures.ImageOps, "pad", lambda image, size: sizes.append(image.size) or pad(image, size))
+    train, test = (data.load("auto", split, tmp_path).images for split in data.SPLITS)
+    assert sizes == [(375, 250)] * 2  # an eighth
+    expected = (np.arange(28) + 0.5) * 125 / 28  # in a row
+    for image, offset in ((train[0], 0), (test[0], 100 / 24)):
+        assert np.abs(image[14, 1:-1] - 52.7 - offset - expected[1:-1]).max() < 3
+    os.utime(tmp_path / "a" / "1.jpg", (1, 1))
+    data.load("auto", "test", tmp_path).images  # noqa: B018
+    assert len(sizes) == 4
 
 
 @pytest.mark.parametrize(("n_classes", "each", "held_out"), [(1, 1, 0), (2, 1, 0), (3, 4, 1), (1, 29, 2)])
@@ -332,7 +483,7 @@ def test_pictures_become_grey_upright_and_fitted(tmp_path, capsys, name, picture
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "._x.png").write_text("hidden, as some systems have them beside each picture")
     picture.save(tmp_path / "a" / name, **options)
-    images, *_ = data.load("auto", "train", tmp_path)[0]
+    (images,) = data.load("auto", "train", tmp_path).images
     expected = np.zeros((28, 28))
     expected[7:21, :14] = 76 if coloured else 255  # of red, the luminance
     inside = [*range(12), *range(16, 28)]  # not where light and dark meet
@@ -347,19 +498,13 @@ def test_files_in_the_format_of_fashion_mnist_come_before_pictures(digits):
     assert data.load("auto", "train", digits).images.shape == (20, 12, 8)
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", None])
-def test_a_broken_picture_or_an_empty_folder_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"no picture", "cut"])
+def test_a_broken_picture_is_named(tmp_path, content):
     write_pictures(tmp_path, 2, 3)
-    (tmp_path / "empty").mkdir()
-    if content is not None:
-        (tmp_path / "empty" / "broken.png").write_bytes(content)
-    told = "empty: no PNG" if content is None else r"empty/broken.png: can't be read"
-    with pytest.raises(data.DataError, match=told):
-        data.load("auto", "train", tmp_path)
     whole = (tmp_path / "class 1" / "00.png").read_bytes()
-    (tmp_path / "empty" / "broken.png").write_bytes(whole[:-30])
-    with pytest.raises(data.DataError, match=r"broken.png: can't be read"):
-        data.load("auto", "train", tmp_path)
+    (tmp_path / "class 1" / "broken.png").write_bytes(whole[:-30] if content == "cut" else content)
+    with pytest.raises(data.DataError, match=r"class 1/broken.png: can't be read"):
+        data.load("auto", "train", tmp_path).images  # noqa: B018
 
 
 @pytest.mark.filterwarnings("ignore:Tag data larger than file")

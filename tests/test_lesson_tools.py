@@ -104,12 +104,27 @@ def test_bfloat16_is_for_gpus_that_do_not_emulate_it(monkeypatch, new, expected)
 @pytest.mark.parametrize("cuda", [False, True])
 def test_auto_is_a_gpu_from_nvidia_or_the_cpu(monkeypatch, cuda):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch, "ones", lambda n, device: torch.tensor([1.0]))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert tools.choose_device("auto").type == ("cuda" if cuda else "cpu")
     assert tools.choose_device("mps").type == "mps"  # for whoever asks for it
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(tools.UserError, match="only cuda, cpu" if cuda else "only cpu"):
         tools.choose_device("mps")
+
+
+@pytest.mark.parametrize("too_old", ["the driver", "the GPU"])
+def test_a_gpu_that_cannot_be_used_is_not_passed_over_in_silence(monkeypatch, capsys, too_old):
+    def fail(n, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: too_old == "the GPU")
+    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.setattr(tools.shutil, "which", lambda command: "/usr/bin/nvidia-smi")
+    assert tools.choose_device("auto").type == "cpu"
+    assert "can't use the NVIDIA GPU" in capsys.readouterr().out
+    with pytest.raises(tools.UserError, match="--device cuda: not available here"):
+        tools.choose_device("cuda")
 
 
 def test_shares_make_up_the_batch(monkeypatch):

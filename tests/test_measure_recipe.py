@@ -97,7 +97,7 @@ def test_a_rung_is_trained_until_its_budget_is_spent(lesson3, tiny, rung):
 def test_what_is_there_is_not_done_again_and_all_is_shown(monkeypatch, tmp_path, capsys):
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (40, 28, 28), np.uint8)
-    little = data.Dataset(images, np.arange(40) // 4, CLASSES, "Fashion-MNIST")
+    little = data.Dataset(lambda: images, np.arange(40) // 4, CLASSES, "Fashion-MNIST")
     verdicts = {name: Verdict([2.0, 1, 1], 0.9) for name in ("residual", "plain")}
     monkeypatch.setattr(tools, "load_data", lambda name, split, folder: little)
     monkeypatch.setattr(measure_recipe, "Panel", lambda *_: type("P", (), {"judge": lambda *_: verdicts}))
