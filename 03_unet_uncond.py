@@ -940,7 +940,7 @@ def show_training():
 
 
 # %% The run
-PREVIEW_IMAGES = 200  # of the training set, and as many held-out ones: the average's loss on them is measured
+PREVIEW_IMAGES = 200  # at least this many training images, and as many held-out ones, for the losses in loss.png
 
 
 class Preset(NamedTuple):
@@ -949,7 +949,7 @@ class Preset(NamedTuple):
     groups: int  # of the group norms; with fewer than 16 channels in each, bfloat16 is several times as slow on a CPU
     patch: int  # side of the patches that the denoiser turns into channels
     attention_levels: tuple[int, ...]  # in 04
-    head_dim: int  # channels of a head there
+    head_dim: int  # channels per head, in 04
     batch_size: int
     max_lr: float  # AdamW's highest learning rate for that batch size
     images_seen: int  # in training
@@ -963,7 +963,7 @@ PRESETS = {
 
 
 class RunSettings(NamedTuple):
-    """A run's settings and its data. The script refuses to resume a checkpoint with other settings."""
+    """A run's settings and its data. The script refuses to resume a checkpoint with different settings."""
 
     network: str  # its class
     preset: str
@@ -1000,12 +1000,12 @@ def crop(images, size):
 
 
 def make_network(preset, n_classes, network_class=TimeUNet):
-    """A new network of a preset; this lesson's networks have no use for the classes."""
+    """A new network with a preset's sizes; this lesson's networks ignore the classes."""
     return network_class(preset.patch**2, preset.widths, preset.depth, preset.groups)
 
 
 def make_denoise(denoiser, settings, label):
-    """denoise(x, sigma) for images with these labels `(n,)`; this lesson's networks have no use for them."""
+    """denoise(x, sigma) for images with these labels `(n,)`; this lesson's networks ignore them."""
     return denoiser
 
 
@@ -1013,12 +1013,12 @@ def make_denoiser(network, settings, device):
     """A denoiser with that network, as fast as the device allows."""
     precision = tools.choose_precision(device)
     denoiser = Denoiser(network, settings.sigma_data, PRESETS[settings.preset].patch, precision)
-    return denoiser.to(device, memory_format=torch.channels_last)  # the order in which convolutions are fastest
+    return denoiser.to(device, memory_format=torch.channels_last)  # the memory layout in which convolutions are fastest
 
 
 def load_denoiser(path, make_network, device, **asked):
-    """The averaged denoiser in a checkpoint, and its `RunSettings`, whose steps are those it has done. asked: settings
-    that it must agree with. Raises UserError if it doesn't, or can't be loaded."""
+    """The averaged denoiser in a checkpoint, and its `RunSettings`, with `steps` set to those done so far. asked:
+    settings it must match. Raises UserError if it doesn't, or if it can't be loaded."""
     checkpoint = tools.load_checkpoint(path, RunSettings, **asked)
     if checkpoint is None:
         raise tools.UserError(f"{path}: no checkpoint there to sample from; train first, without --sample-only")
@@ -1034,13 +1034,15 @@ def load_denoiser(path, make_network, device, **asked):
 
 
 def new_run(options, path, make_network):
-    """A new network, its `RunSettings`, where it begins (see `run_resumable`), and what to train it on: images, uint8
-    `(n, 1, h, w)`, and labels, `(n,)`; None if the run in the checkpoint at `path` has finished."""
+    """A new network, its `RunSettings`, the checkpoint it starts from (see `run_resumable`), and its training data:
+    images, uint8 `(n, 1, h, w)`, and labels, `(n,)`; the data is None if the run in the checkpoint has finished."""
     preset_name = options.preset or "small"
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size
     if batch_size % tools.PROCESSES:
-        raise tools.UserError(f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, one share each")
+        raise tools.UserError(
+            f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, the number of processes"
+        )
     train = tools.load_data(options.data, "train", options.data_dir)
     n, classes, counts = len(train.labels), train.classes, np.bincount(train.labels)
     shown = [f"{name} ({count:,})" for name, count in zip(classes, counts, strict=True)]
@@ -1068,8 +1070,8 @@ def new_run(options, path, make_network):
 
 @torch.no_grad()
 def preview(ema, settings, make_denoise, held):
-    """What the average has learned so far: one sample of each class, or ten, always from the same noise; and its mean
-    loss on batches of `draw_batches`, by name, always with the same noise. See `run_resumable`."""
+    """What the averaged network has learned so far: samples, one per class (at least 10, at most 20), and the mean loss
+    on the batches in `held`, by name. The noise is always the same. See `run_resumable`."""
     n = min(20, len(settings.classes))
     noise_ids = [(settings.seed, i % n, i // n) for i in range(max(10, n))]
     samples, _ = sample_images(functools.partial(make_denoise, ema, settings), noise_ids, settings, STEPS, ema.device)
@@ -1097,7 +1099,7 @@ def fit(options, path, make_network, make_denoise, change_batches):
         batches = change_batches(batches, len(settings.classes)) if change_batches else batches
         return train(trained, ema, [muon, adamw], tools.take_share(batches), settings.steps)
 
-    def draw(images, labels):  # for the previews, with other noise than in training
+    def draw(images, labels):  # for the previews, with different noise from training's
         steps = range(math.ceil(PREVIEW_IMAGES / settings.batch_size))
         return list(draw_batches(images, labels, settings.batch_size, settings.seed + 1, steps))
 
@@ -1116,7 +1118,7 @@ def fit(options, path, make_network, make_denoise, change_batches):
 def train_or_load(options, path, make_network, make_denoise, change_batches=None):
     """The averaged denoiser that the options ask for, and its settings: from the checkpoint at `path`, or trained now.
 
-    make_network(preset, n_classes): a new network. make_denoise(denoiser, settings, label): what `sample` needs for
+    make_network(preset, n_classes): a new network. make_denoise(denoiser, settings, label): denoise(x, sigma) for
     images with these labels. change_batches(batches, n_classes): modifies the batches of `draw_batches`. Raises
     UserError or DataError if something is missing or doesn't fit; SystemExit after Ctrl-C.
     """
@@ -1129,15 +1131,15 @@ def train_or_load(options, path, make_network, make_denoise, change_batches=None
 
 
 def draw_noise(settings, noise_ids, device):
-    """Starting noise `(n, 1, h, w)` of the padded size of a run's images; noise_ids: (seed, label, index) of each."""
+    """Starting noise `(n, 1, h, w)`, of a run's padded image size; noise_ids: one (seed, label, index) per image."""
     shape = pad(torch.empty(1, 1, *settings.size), PRESETS[settings.preset]).shape[1:]
     return torch.stack([starting_noise(*noise_id, shape) for noise_id in noise_ids]).to(device)
 
 
 def sample_images(make_denoise, noise_ids, settings, steps, device):
-    """Images `(n, 1, h, w)` in [-1, 1], one for each of noise_ids, (seed, label, index); and the states of some.
+    """Images `(n, 1, h, w)` in [-1, 1], one per noise id (seed, label, index); and the sampler's states for up to four.
 
-    make_denoise(label): what `sample` needs for images with these labels, `(n,)`.
+    make_denoise(label): denoise(x, sigma) for images with these labels, `(n,)`.
     """
     images, strip = [], []
     for first in range(0, len(noise_ids), 200):
@@ -1153,7 +1155,7 @@ def sample_images(make_denoise, noise_ids, settings, steps, device):
 
 
 def save_samples(out, title, samples, rows=(), columns=10):
-    """samples.npy, samples.png and denoising.png, in the folder out. samples: what `sample_images` returned."""
+    """Write samples.npy, samples.png and denoising.png to the folder out. samples: what `sample_images` returned."""
     images, strip = samples
     tools.write_atomically(out / "samples.npy", lambda file: np.save(file, images.numpy()))
     print(f"wrote {out / 'samples.npy'}")
@@ -1163,13 +1165,13 @@ def save_samples(out, title, samples, rows=(), columns=10):
         shown, columns = images.unflatten(0, (-1, columns))[:, :kept].flatten(0, 1), kept
     part = f"\n{len(shown):,} of {len(images):,}" * (len(shown) < len(images))
     tools.save_picture(tools.plot_grid(title + part, shown, columns, rows), out / "samples.png")
-    tools.save_picture(plot_denoising(f"{title}: from noise to garment", strip), out / "denoising.png")
+    tools.save_picture(plot_denoising(f"From noise to image\n{title}", strip), out / "denoising.png")
 
 
 # %% The command
 def main():
     parser, _ = tools.make_run_parser(__file__, __doc__, PRESETS)
-    parser.add_argument("--no-time", action="store_true", help="train the first U-Net, which ignores the time")
+    parser.add_argument("--no-time", action="store_true", help="train the U-Net without time (section 4)")
     parser.set_defaults(n=100, steps=STEPS)
     options = tools.parse_run_options(parser)
     if options.show:

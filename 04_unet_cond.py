@@ -359,7 +359,7 @@ def find_classes(text, classes):
         if len(found) == 1:
             return found
         if found:
-            raise tools.UserError(f"--class {text}: may be {' or '.join(classes[label] for label in found)}")
+            raise tools.UserError(f"--class {text}: ambiguous; write {' or '.join(classes[label] for label in found)}")
     if text.isdecimal() and int(text) < len(classes):
         return [int(text)]
     last = len(classes) - 1
@@ -369,9 +369,9 @@ def find_classes(text, classes):
 def parse_options():
     parser, group = tools.make_run_parser(__file__, __doc__, lesson3.PRESETS)
     parser.add_argument("--class", dest="class_name", metavar="NAME-OR-ID", help="sample this class only")
-    default = f"{GUIDANCE:g}; after 600,000 images {GUIDANCE_LONG:g}"
+    default = f"{GUIDANCE:g}, or {GUIDANCE_LONG:g} after 600,000 images"
     guidance = tools.number(float, 0, 100)
-    parser.add_argument("--guidance", metavar="W", type=guidance, help=f"strength of the label (default: {default})")
+    parser.add_argument("--guidance", metavar="W", type=guidance, help=f"guidance strength (default: {default})")
     group.add_argument("--pretrained", action="store_true", help="sample from the shipped weights")
     parser.set_defaults(n=10, steps=lesson3.STEPS)
     options = tools.parse_run_options(parser)
@@ -387,7 +387,7 @@ def main():
         os.environ["LESSON_RUN"] = str(options.out)
         tools.run_sections(globals(), options.out / "lesson")
         return
-    if options.class_name is not None and not options.sample_only:  # better to know before the training
+    if options.class_name is not None and not options.sample_only:  # better to know before training
         find_classes(options.class_name, tools.load_data(options.data, "train", options.data_dir).classes)
 
     def choose(settings):
@@ -405,7 +405,7 @@ def main():
     if options.class_name is None:
         lesson3.save_samples(options.out, title, samples, settings.classes, options.n)
     else:
-        lesson3.save_samples(options.out, f"{settings.classes[wanted[0]]}: {title}", samples, columns=8)
+        lesson3.save_samples(options.out, f"{settings.classes[wanted[0]]}\n{title}", samples, columns=8)
 
 
 if __name__ == "__main__":

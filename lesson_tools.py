@@ -1,6 +1,6 @@
 """The plumbing of the lessons: cells, figures, files, devices, checkpoints, a resumable training run, options.
 
-Nothing in here belongs to the lecture, and you can read every lesson without it.
+Nothing here is part of the lecture, and you can follow every lesson without reading it.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 
 RUNS = Path(__file__).resolve().parent / "runs"  # a folder for each script
-if not hasattr(sys, "ps1"):  # a script needs no display; a notebook's cell draws as its notebook does
+if not hasattr(sys, "ps1"):  # a script needs no display; in a notebook, its own backend draws
     plt.switch_backend("agg")
 plt.rcdefaults()  # a matplotlibrc may draw images upside down
 plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 120})
@@ -45,9 +45,9 @@ class UserError(Exception):
 
 # %% Cells, sections, commands
 def is_cell(function):
-    """Whether a function was defined in a cell, at a prompt or in a notebook. There, Python sets `sys.ps1`.
+    """Whether a function was defined in a cell, at a prompt or in a notebook. Both set `sys.ps1`.
 
-    IPython's `%run script.py` doesn't count, although `sys.ps1` is set: there, the code's file is `sys.argv[0]`.
+    IPython's `%run script.py` doesn't count: `sys.ps1` is set there too, but the code's file is `sys.argv[0]`.
     """
     return hasattr(sys, "ps1") and Path(function.__code__.co_filename).resolve() != Path(sys.argv[0]).resolve()
 
@@ -61,7 +61,7 @@ def section(show):
 
 
 def run_sections(script, out):
-    """Run a script's show_ functions under their sections' titles, and save their pictures in the folder out.
+    """Run a script's show_ functions, each under its section's title, and save their pictures in the folder out.
     script: its `globals()`."""
     out.mkdir(parents=True, exist_ok=True)
     lines = Path(script["__file__"]).read_text(encoding="utf-8").splitlines()
@@ -80,8 +80,8 @@ def run_command(main):
     if is_cell(main):
         return
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # IPython's has not
-            stream.reconfigure(errors="replace")  # whatever encoding it has, "×" becomes a question mark at worst
+        if hasattr(stream, "reconfigure"):  # IPython's streams don't
+            stream.reconfigure(errors="replace")  # at worst, "×" becomes a question mark, whatever the encoding
     try:
         main()
         return
@@ -114,7 +114,7 @@ def plot_lines(axes, x, lines, **labels):
 
 
 def plot_curves(title, x, lines, **labels):
-    """A figure of such curves."""
+    """A figure with the curves of `plot_lines`."""
     figure, axes = plt.subplots(figsize=(8, 3.8))
     plot_lines(axes, x, lines, **labels)
     figure.suptitle(title)
@@ -129,7 +129,7 @@ def plot_image(axes, image, title, **options):
 
 
 def plot_matrix(axes, matrix, title, rows=(), columns=(), cmap="Greys", digits=0):
-    """Draw a matrix as a table of its numbers, on a darker ground for larger ones. rows, columns: their names."""
+    """Draw a matrix as a table of numbers; larger ones get a darker background. rows, columns: their names."""
     axes.imshow(matrix.numpy(), cmap=cmap, vmin=0, vmax=2 * max(1e-6, matrix.max().item()), aspect="auto")
     for (row, column), value in np.ndenumerate(matrix.numpy()):
         axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", fontsize=12)
@@ -156,7 +156,7 @@ def plot_images(axes, images, columns, rows=(), titles=()):
 
 
 def plot_grid(title, images, columns, rows=(), titles=()):
-    """A figure of such a grid."""
+    """A figure with the grid of `plot_images`."""
     scale = min(1.4, min(12, max(4, 0.8 * columns)) / columns)  # inches per image
     width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
     figure, axes = plt.subplots(figsize=(max(8, width), height + 0.3 * bool(titles)), layout="compressed")
@@ -166,7 +166,7 @@ def plot_grid(title, images, columns, rows=(), titles=()):
 
 
 def plot_losses(title, losses, previews):
-    """The loss of each step so far `(n,)`, its mean over 2 % of them, and the losses in previews."""
+    """A figure of each step's loss so far `(n,)`, its running mean over 2 % of the steps, and the previews' losses."""
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure, axes = plt.subplots(figsize=(8, 4.5))
@@ -176,7 +176,7 @@ def plot_losses(title, losses, previews):
     for name, line in zip(measured[0], ("--", "-"), strict=False):
         values = [losses[name] for losses in measured]
         axes.plot(steps, values, line, color="tab:orange", marker="o", markersize=4, label=f"averaged weights, {name}")
-    top = max(2.5 * np.median(losses), 1.2 * max(measured[-1].values()))  # the first losses may be higher
+    top = max(2.5 * np.median(losses), 1.5 * max(measured[-1].values()))  # the first losses may be higher
     axes.set(xlabel="step", ylabel="loss", ylim=(0, min(1.1, top)), title=title)
     axes.legend(loc="upper right")
     return figure
@@ -191,7 +191,7 @@ def plot_previews(title, previews, batch_size):
 
 # %% Files
 def write_atomically(path, save):
-    """Let save(buffer) make a file's content, then write it, all or nothing: the old file stays until the new one is
+    """Let save(buffer) produce a file's content, then write it, all or nothing: the old file stays until the new one is
     complete. Raises OSError, with path and reason, if it can't be written."""
     buffer, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
     save(buffer)
@@ -205,19 +205,19 @@ def write_atomically(path, save):
 
 
 def save_picture(figure, path, quiet=False):
-    """Write the figure, say so, and close it. If that fails, it is only a line: nothing that was computed is lost."""
+    """Write the figure, say so, and close it. A failure only prints a line, so no result is lost."""
     try:
         write_atomically(path, functools.partial(figure.savefig, format="png"))
         said = f"wrote {path}" * (not quiet)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        said = f"{path}: no picture ({error})"
+        said = f"{path}: not written ({error})"
     if said:
         tqdm.write(said)
     plt.close(figure)
 
 
 def writable_folder(text):
-    """For argparse: a folder to write to, created if necessary. Better to find out now than after the training."""
+    """For argparse: a folder to write to, created if necessary. Better to find out now than after training."""
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=text).close()
@@ -242,7 +242,7 @@ def load_images(split, n):
 def load_one_of_each():
     """One test image of each class, `(classes, 1, 28, 28)` in [-1, 1], the classes' names, and the data set's name.
 
-    It downloads nothing: if Fashion-MNIST isn't on the disk, the images are synthetic garments.
+    It downloads nothing: if Fashion-MNIST isn't on disk, the images are synthetic garments.
     """
     test = load_data(split="test", download=False)
     labels, firsts = np.unique(test.labels, return_index=True)
@@ -251,9 +251,9 @@ def load_one_of_each():
 
 
 # %% Devices and processes
-# torchrun starts a script several times. Each process computes on its share of every batch and steps with the mean of
-# all gradients (DistributedDataParallel), so all keep the same weights. The first one alone prints, and writes files.
-LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; a cluster's scheduler may set WORLD_SIZE as well
+# torchrun starts a script several times. Each process takes its share of every batch and updates with the mean of all
+# gradients (DistributedDataParallel), so all keep the same weights. Only the first one prints and writes files.
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; WORLD_SIZE may also come from a cluster's scheduler
 PROCESSES, RANK = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if LAUNCHED else (1, 0)
 
 
@@ -267,7 +267,7 @@ def choose_device(name):
         cuda = False
     there = {"cuda": cuda, "cpu": True, "mps": mps}
     if name == "auto" and not cuda and shutil.which("nvidia-smi"):
-        print("note      this PyTorch can't use the NVIDIA GPU (pytorch.org has others): the CPU takes its place")
+        print("note      this PyTorch can't use the NVIDIA GPU, so the CPU is used; pytorch.org has other builds")
     available = [device for device in there if there[device]]
     if name not in ("auto", *available):
         raise UserError(f"--device {name}: not available here, only {', '.join(available)}")
@@ -275,9 +275,9 @@ def choose_device(name):
 
 
 def choose_precision(device):
-    """bfloat16 if the processor has instructions for it (if not, it is emulated, and slow), otherwise None.
+    """bfloat16 if the CPU or NVIDIA GPU has instructions for it (emulation is slow), otherwise None.
 
-    PyTorch before 2.11 can't tell what a CPU has; with it, the answer is None.
+    PyTorch before 2.11 can't tell what a CPU supports; for a CPU, the answer is then None.
     """
     instructions = getattr(torch.cpu, "get_capabilities", dict)()
     fast = device.type == "cpu" and (instructions.get("amx_bf16") or instructions.get("avx512_bf16"))
@@ -287,7 +287,7 @@ def choose_precision(device):
 
 
 def join_processes(device, found):
-    """Work with the other processes from now on, if there are any. found: what all of them must agree on. Raises
+    """Join the other processes, if there are any. found: what all of them must agree on. Raises
     UserError if they don't, or if there are too few GPUs."""
     if PROCESSES == 1:
         return
@@ -300,7 +300,7 @@ def join_processes(device, found):
     all_found = [None] * PROCESSES
     dist.all_gather_object(all_found, found)
     if all_found.count(found) < PROCESSES:
-        raise UserError("the processes found different data or checkpoints: give all the same data and --out folder")
+        raise UserError("the processes found different data or checkpoints: give all of them the same data and --out")
 
 
 def distribute(network):
@@ -338,7 +338,7 @@ def load_checkpoint(path, kind, **asked):
         return None
     file = io.BytesIO(path.read_bytes())
     try:
-        with zipfile.ZipFile(file) as archive:  # torch.load verifies no checksums, and reads "folders" as zeros
+        with zipfile.ZipFile(file) as archive:  # torch.load doesn't verify checksums, and reads "folders" as zeros
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("a checksum is wrong")
         file.seek(0)
@@ -355,7 +355,7 @@ def check_same(path, settings, **asked):
     there = settings._asdict()
     differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
     if differing:
-        raise UserError(f"{path} is another run's ({', '.join(differing)}); use --restart, or another --out DIR")
+        raise UserError(f"{path} is from another run ({', '.join(differing)}); use --restart or a different --out DIR")
 
 
 def restore(path, checkpoint, state):
@@ -369,13 +369,13 @@ def restore(path, checkpoint, state):
 
 # %% A resumable run
 SAVE_EVERY = 120  # seconds
-HOURS = "about {:.1f} hours to go; sooner done: --restart with a smaller --epochs, or 04_unet_cond.py --pretrained"
+HOURS = "about {:.1f} hours to go; to save time: --restart with a smaller --epochs, or 04_unet_cond.py --pretrained"
 PREVIEW_AT = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)  # of the steps
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """Catch Ctrl-C and SIGTERM: they are appended to the list that this yields. A second Ctrl-C stops at once."""
+    """Catch Ctrl-C and SIGTERM, and append each to the list that this yields. A second Ctrl-C stops at once."""
     stops = []
 
     def request_stop(number, frame):
@@ -404,8 +404,9 @@ def read_numbers(recent, step):
 
 def draw_progress(folder, settings, losses, previews):
     """Draw `loss.png` and `progress.png` in the folder; see `plot_losses` and `plot_previews`."""
-    save_picture(plot_losses(settings.title, losses, previews), folder / "loss.png", quiet=True)
-    save_picture(plot_previews(settings.title, previews, settings.batch_size), folder / "progress.png", quiet=True)
+    figure = plot_previews(f"The same noise, as training goes on\n{settings.title}", previews, settings.batch_size)
+    save_picture(figure, folder / "progress.png", quiet=True)
+    save_picture(plot_losses(f"The loss\n{settings.title}", losses, previews), folder / "loss.png", quiet=True)
 
 
 def run_resumable(loop, preview, state, path, checkpoint):
@@ -417,10 +418,11 @@ def run_resumable(loop, preview, state, path, checkpoint):
                 and after each tenth of the steps; then `progress.png` and `loss.png` are drawn beside the checkpoint.
     state:      everything the loop changes, by name: objects with `state_dict` and `load_state_dict`.
     path:       of the checkpoint, written every two minutes, at the end, and on Ctrl-C or SIGTERM.
-    checkpoint: what `load_checkpoint` returned, or {"settings": settings, "step": 0} to begin anew. Settings are a
+    checkpoint: what `load_checkpoint` returned, or {"settings": settings, "step": 0} for a new run. Settings are a
                 NamedTuple with at least `steps`, `batch_size` and `title`.
 
-    Raises UserError if a number is not finite; OSError if the last save fails; SystemExit(130) after Ctrl-C.
+    Raises UserError if a number is not finite; OSError if the last save fails; SystemExit(130) after Ctrl-C
+    or SIGTERM.
     """
     settings, steps, size = checkpoint["settings"], checkpoint["settings"].steps, checkpoint["settings"].batch_size
     first, losses, previews, recent = checkpoint["step"], torch.full((steps,), math.nan), [], []
@@ -506,14 +508,14 @@ def make_run_parser(script, description, presets):
     --n and --steps."""
     parser = make_parser(script, description)
     add, count = parser.add_argument, number(int, 1, 10**6)
-    add("--data", choices=data.NAMES, default="auto", help="auto: synthetic garments if Fashion-MNIST is unavailable")
+    add("--data", choices=data.NAMES, default="auto", help="auto: Fashion-MNIST, or synthetic garments without it")
     add("--data-dir", metavar="DIR", help="IDX files, or a folder of images per class (default: $FASHION_MNIST_DIR)")
     add("--preset", choices=presets, help="network and training settings (default: small)")
-    add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="passes over the data (default: by the preset)")
+    add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="passes over the data (default: from the preset)")
     add("--batch-size", metavar="B", type=count, help="images per training step (default: the preset's)")
     add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="seed of all random numbers (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
-    add("--show", action="store_true", help="run the sections instead; pictures go to lesson/ in the --out folder")
+    add("--show", action="store_true", help="run the sections instead of training; pictures go to lesson/ in --out")
     add("--n", metavar="N", type=count, help="images to sample; with classes, per class (default: %(default)s)")
     add("--steps", metavar="S", type=count, help="sampling steps (default: %(default)s)")
     group = parser.add_mutually_exclusive_group()
@@ -523,13 +525,13 @@ def make_run_parser(script, description, presets):
 
 
 def parse_run_options(parser):
-    """Parse the command line of such a script. With several processes, only the first one shows, samples and prints."""
+    """Parse a training script's command line. With several processes, only the first one shows, samples and prints."""
     options = parser.parse_args()
-    load_data.cache_clear()  # %run may find other data than before
+    load_data.cache_clear()  # a second %run may find different data
     if options.show and (options.data, options.device) != ("auto", "auto"):
         parser.error("--show takes neither --data nor --device (use --data-dir for your own images)")
     if options.data_dir == "":
-        parser.error("--data-dir is empty (a variable that isn't set?): name a folder, or leave it out")
+        parser.error("--data-dir is empty (an unset variable?): name a folder, or leave it out")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir
     options.sample_only |= getattr(options, "pretrained", False)

@@ -1,4 +1,4 @@
-"""The data sets: Fashion-MNIST, garments that are drawn here and need no download, and your own pictures."""
+"""The data sets: Fashion-MNIST, synthetic garments (no download needed), and your own images."""
 
 import functools
 import os
@@ -14,8 +14,8 @@ SPLITS = ("train", "test")
 
 
 class Dataset:
-    """A split of a data set: images, uint8 `(n, height, width)`, 0 is background; labels, int64 `(n,)`; classes, the
-    name of each label; and the data set's name, for pictures and checkpoints."""
+    """One split of a data set: images (uint8 `(n, height, width)`, with background 0), labels (int64 `(n,)`), classes
+    (the name of each label), and the data set's name, for titles and checkpoints."""
 
     def __init__(self, read_images, labels, classes, name):
         self.read_images, self.labels, self.classes, self.name = read_images, labels, classes, name
@@ -26,24 +26,24 @@ class Dataset:
 
 
 def load(name="auto", split="train", data_dir=None, download=True):
-    """A split of a data set, as a `Dataset`. Your own pictures are read when its images are first asked for.
+    """A split of a data set, as a `Dataset`. Your own images are read when `.images` is first used.
 
-    name: "fashion-mnist" (or your own data in `data_dir`), "garments" (drawn here), or "auto": the first, and garments
-        if it is unavailable.
+    name: "fashion-mnist" (or your own data in `data_dir`), "garments" (synthetic), or "auto": the former,
+        or garments if Fashion-MNIST is unavailable.
     split: "train" or "test".
-    data_dir: the folder with the four IDX files, or with a folder of pictures for each class; None is
-        `$FASHION_MNIST_DIR`, if that is set. Garments need none.
-    download: whether Fashion-MNIST may be downloaded; if not, "auto" takes it only if it is on the disk.
+    data_dir: a folder with the four IDX files, or with one subfolder of images per class; None means
+        `$FASHION_MNIST_DIR`, if it is set. Must be None for garments.
+    download: whether Fashion-MNIST may be downloaded; if not, "auto" uses it only if it is already on disk.
 
-    Raises DataError, with one line to show the user, for damaged or missing files (pictures: when they are read);
-    ValueError for an unknown name.
+    Raises DataError, with a one-line message for the user, if files are missing or damaged (your own images: when they
+    are read); ValueError for an unknown name.
     """
     if name not in NAMES or split not in SPLITS:
         raise ValueError(f"no data set {name!r}, {split!r}: name is one of {NAMES}, split one of {SPLITS}")
     if name == "garments" and data_dir is not None:
-        raise DataError("--data garments are drawn, not read: leave --data-dir out")
+        raise DataError("--data garments reads no files: leave --data-dir out")
     if data_dir == "":
-        raise DataError("--data-dir is empty (a variable that isn't set?): name a folder, or leave --data-dir out")
+        raise DataError("--data-dir is empty (an unset variable?): name a folder, or leave --data-dir out")
     named = os.environ.get("FASHION_MNIST_DIR") if data_dir is None else data_dir
     if name != "garments":
         folder = descend(Path(named)) if named else None
@@ -56,13 +56,13 @@ def load(name="auto", split="train", data_dir=None, download=True):
             if name == "fashion-mnist":
                 raise
             if download:
-                print(f"{error}: drawn garments take its place")
+                print(f"{error}; using synthetic garments instead")
     images, labels = garments.draw(split)
     return Dataset(lambda: images, labels, fashion_mnist.CLASSES, "garments")
 
 
 def descend(folder):
-    """The folder or, while one holds nothing but another, the innermost one. Raises DataError if there is none."""
+    """The innermost folder, descending while each holds one folder and no data. Raises DataError if there is none."""
     if not folder.is_dir():
         raise DataError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     folders, files = pictures.look(folder)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, or any data set in its file format: find the files, or fetch them, and check every byte of them.
+"""Fashion-MNIST, or any data set in its file format: find or download the files, and check every byte.
 
 Xiao, Rasul and Vollgraf, 2017: "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms".
 """
@@ -25,9 +25,9 @@ HOSTS = (
     "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 )
-MOST_BYTES = 2**31  # of pixels in a file: a header that announces more is damaged
-MOST_FETCHED, SLOWEST, PATIENCE = 2**25, 10_000, 20  # bytes of a download; bytes a second, over so many seconds
-# (images, labels) of each split; and SHA-256 of each file: as it is distributed, and unpacked
+MOST_BYTES = 2**31  # of pixels in a file: a header that promises more is damaged
+MOST_FETCHED, SLOWEST, PATIENCE = 2**25, 10_000, 20  # bytes per download; bytes/s, averaged over that many seconds
+# each split's files (images, labels); each file's SHA-256, as distributed and unpacked
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -53,19 +53,19 @@ SHA256 = {
 
 
 class DataError(Exception):
-    """The data asked for cannot be had; the message is one line that says why and what would do."""
+    """The requested data is unavailable; the message is one line that says why, and what to do."""
 
 
 class DownloadError(DataError):
-    """No host could be reached, or none had the right files."""
+    """Fashion-MNIST could not be downloaded: not allowed, no writable folder, or no host with the right file."""
 
 
 def load(split, folder, may_download=True):
-    """Images, labels, class names, and the data set's name, which is None if these aren't the official files. Then the
-    classes are called "0", "1", ..., without those that no training image has.
+    """Images, labels, class names, and the data set's name. If the files aren't the official ones, the name is None,
+    and the classes are "0", "1", ..., without labels that no training image has.
 
-    split: "train" or "test". folder: with the files; None is the cache, which a download fills. Raises DataError if a
-    file is missing or damaged; DownloadError if a download fails, or isn't wanted (may_download).
+    split: "train" or "test". folder: where the files are; None means the cache, which a download fills. Raises
+    DataError if a file is missing or damaged; DownloadError if a download fails or isn't allowed (may_download).
     """
     if not folder:
         folder = next((place for place in CACHES if all(find(place, name) for name in FILES[split])), None)
@@ -78,7 +78,7 @@ def load(split, folder, may_download=True):
     contents = [read(folder, name, dimensions) for name, dimensions in zip(FILES[split], (3, 1), strict=True)]
     images, labels = (array for array, _ in contents)
     if len(images) != len(labels):
-        raise DataError(f"{folder}: {len(images)} {split} images but {len(labels)} labels; there must be one each")
+        raise DataError(f"{folder}: {len(images)} {split} images but {len(labels)} labels; each image needs one")
     if all(digest == SHA256[name][1] for (_, digest), name in zip(contents, FILES[split], strict=True)):
         return images, labels.astype(np.int64), CLASSES, "Fashion-MNIST"
     numbers = np.unique(labels if split == "train" else read(folder, FILES["train"][1], 1)[0])
@@ -88,8 +88,8 @@ def load(split, folder, may_download=True):
 
 
 def find(folder, name):
-    """The file's path, or None: gzipped or plain, with a dot for the last dash of its name, or in a folder of its own
-    (as Kaggle's archive unpacks)."""
+    """The file's path, or None. It may be gzipped or plain, with ".idx" instead of "-idx" in its name, and in a folder
+    of its own name (as in Kaggle's archive)."""
     names = (name, name.replace("-idx", ".idx"))
     paths = [folder / place / f"{stem}{end}" for stem in names for place in (".", stem) for end in (".gz", "")]
     return next((path for path in paths if path.is_file()), None)
@@ -101,13 +101,13 @@ def is_in(folder):
 
 
 def choose_cache():
-    """The first of the folders for downloads that can be written to. Raises DownloadError if there is none."""
+    """The first writable folder for downloads. Raises DownloadError if there is none."""
     for folder in CACHES:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
             return folder
-    raise DownloadError(f"Fashion-MNIST is not downloaded: neither {CACHES[0]} nor {CACHES[1]} can be written to")
+    raise DownloadError(f"can't download Fashion-MNIST: neither {CACHES[0]} nor {CACHES[1]} can be written to")
 
 
 def read(folder, name, dimensions):
@@ -117,7 +117,7 @@ def read(folder, name, dimensions):
     """
     path = find(folder, name)
     if path is None:
-        raise DataError(f"{folder}: no {name}.gz (or {name}); all four Fashion-MNIST files must lie there")
+        raise DataError(f"{folder}: no {name}.gz (or {name}); all four Fashion-MNIST files must be there")
     length = 4 + 4 * dimensions  # of the header
     try:
         with path.open("rb") as file:
@@ -127,16 +127,16 @@ def read(folder, name, dimensions):
             if header[:4] != bytes((0, 0, 8, dimensions)) or len(header) < length:
                 raise DataError(
                     f"{path}: not an IDX file of uint8 {'images' if dimensions == 3 else 'labels'}: "
-                    f"it begins with {header[:4].hex(' ') or 'nothing'}, expected 00 00 08 {dimensions:02x}"
+                    f"it begins with {header[:4].hex(' ') or 'nothing'} instead of 00 00 08 {dimensions:02x}"
                 )
             shape = tuple(np.frombuffer(header, ">u4", dimensions, offset=4).tolist())
             expected = int(np.prod(shape, dtype=object))
-            content = file.read(expected + 1) if expected <= MOST_BYTES else b""  # however much more it unpacks to
+            content = file.read(expected + 1) if expected <= MOST_BYTES else b""  # no more, whatever it unpacks to
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read, perhaps a broken download ({error})") from error
+        raise DataError(f"{path}: cannot be read ({error}). Download it again, or pass --data garments") from error
     if len(content) != expected or expected == 0:
         size, follow = " × ".join(map(str, shape)), "more" if len(content) > expected else f"{len(content)}"
-        raise DataError(f"{path}: its header announces {size} bytes of data, but {follow} follow")
+        raise DataError(f"{path}: its header promises {size} bytes of data, but {follow} follow")
     # a copy, so that the array can be written to and does not keep the file's bytes alive
     array = np.frombuffer(content, np.uint8).reshape(shape).copy()
     return array, hashlib.sha256(header + content).hexdigest()
@@ -154,16 +154,16 @@ def download(name, folder):
         except (OSError, http.client.HTTPException) as error:
             troubles.append(f"{url}: {' '.join(str(error).split())}")
         else:
-            troubles.append(f"{url}: expected SHA-256 {expected}, got {digest}: another file under the same name")
+            troubles.append(f"{url}: expected SHA-256 {expected}, got {digest}: a different file under that name")
             print(troubles[-1])
     raise DownloadError("Fashion-MNIST could not be downloaded (" + "; ".join(troubles) + ")")
 
 
 def fetch(url):
-    """The bytes at url. Raises OSError or HTTPException where they can't be had, are too many, or come too slowly.
+    """The bytes at url. Raises OSError or HTTPException if they are unavailable, too many, or too slow.
 
-    It is a thread that reads them, which can be left to itself: a host may say nothing at all, or let a byte of its
-    header trickle in now and then, which no timeout of a socket would end.
+    A thread reads them, because we can walk away from a thread: a host may send a byte of its header now and then, and
+    no socket timeout would end that.
     """
     received, result = bytearray(), Future()
 
@@ -171,7 +171,7 @@ def fetch(url):
         try:
             with urllib.request.urlopen(url) as response:
                 bar.total = response.length
-                while chunk := response.read1(1 << 16):  # what there is, rather than waiting for more
+                while chunk := response.read1(1 << 16):  # whatever has arrived, without waiting for more
                     received.extend(chunk)
                     bar.update(len(chunk))
                     if len(received) > MOST_FETCHED:
@@ -185,7 +185,7 @@ def fetch(url):
         before = 0
         while not wait([result], PATIENCE).done:
             if len(received) < before + SLOWEST * PATIENCE:
-                raise OSError(f"too slow, under {SLOWEST:,} bytes a second")
+                raise OSError(f"too slow: under {SLOWEST:,} bytes/s")
             before = len(received)
     return result.result()
 

@@ -1,6 +1,6 @@
-"""Your own pictures: a folder with a folder of them for each class (as torchvision's ImageFolder).
+"""Your own images: a folder with one subfolder per class (as for torchvision's ImageFolder).
 
-Pillow reads them, on which matplotlib depends.
+Pillow reads them; matplotlib depends on it already.
 """
 
 import functools
@@ -14,20 +14,21 @@ from data.fashion_mnist import FILES, DataError
 
 SIZE = 28
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # names of the splits' folders
+TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # the splits' folder names
 
 
 def look(folder):
-    """The folders in a folder, and the files that Pillow can read, without hidden ones; in alphabetical order."""
+    """A folder's subfolders, and its files that Pillow can read, both in alphabetical order and without hidden ones."""
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX"))]
     return [path for path in paths if path.is_dir()], [path for path in paths if path.suffix.lower() in SUFFIXES]
 
 
 def find(folder):
-    """The pictures for training and for test, `{class: [paths]}` each.
+    """The training images and the test images, each as `{class: [paths]}`.
 
-    Folders for training and test are these splits, if there are no others. If not, every tenth picture of a class is
-    for test; if no class has ten, the last one of the largest; and if none has even two, both splits are all.
+    Folders called as in TRAIN and TEST are the splits, if there are no others. Otherwise every tenth image of a class
+    is held out for the test. If no class has ten, the largest class gives its last one; if none has even two, both
+    splits contain everything.
     """
     folders = {path.name.lower(): path for path in look(folder)[0]}
     train, test = ([folders[name] for name in names if name in folders] for names in (TRAIN, TEST))
@@ -44,7 +45,7 @@ def find(folder):
 
 
 def find_classes(folder, name):
-    """The pictures of each class, whose name is its folder's; pictures in no such folder are one class, `name`."""
+    """Each class's images, by the name of its folder; if no subfolder holds any, all are one class, `name`."""
     folders, pictures = look(folder)
     classes = {path.name: look(path)[1] for path in folders}
     if not any(classes.values()):
@@ -54,22 +55,22 @@ def find_classes(folder, name):
             sorted(path.name for path in folder.iterdir()),
             [name for names in FILES.values() for name in names],
         )
-        needs = f"needs a folder of pictures for each class, or {', '.join(files)}"
-        raise DataError(f"{folder}: {needs}; in it there is {', '.join(there[:5]) or 'nothing'}")
+        needs = f"needs one subfolder of images per class, or {', '.join(files)}"
+        raise DataError(f"{folder}: {needs}; it contains {', '.join(there[:5]) or 'nothing'}")
     if empty := [name for name in classes if not classes[name]]:
-        raise DataError(f"{folder / empty[0]}: no picture that can be read; each class's folder must hold some")
+        raise DataError(f"{folder / empty[0]}: no readable image; each class folder needs at least one")
     return classes
 
 
 def load(split, folder):
-    """A function that reads the images; the labels; the class names. Raises DataError, as that function does.
+    """(read_images, labels, class names). Raises DataError, and so may read_images().
 
-    The images are grey, and fitted to 28 × 28 pixels with black. Reading them prints what is left out or lost.
+    read_images() makes the images grey, fits them to 28 × 28 pixels on black, and prints what it skipped or lost.
     """
     splits = train, test = find(folder)
     classes, chosen = tuple(train), train if split == "train" else test
     if unknown := [name for name in test if name not in train]:
-        raise DataError(f"{folder}: there are no training images of the test images' class {unknown[0]}")
+        raise DataError(f"{folder}: class {unknown[0]} has test images, but no training images")
 
     def read_images():
         paths = sorted({path for each in splits for paths in each.values() for path in paths})
@@ -81,9 +82,9 @@ def load(split, folder):
 
 @functools.lru_cache(maxsize=1)
 def read_all(folder, files):
-    """The images of both splits, by path. files: each one's path, and the time of its last change."""
+    """The images of both splits, by path. files: (path, time of last change) of each."""
     images, coloured, grey, troubles = {}, 0, [], []
-    for path, _ in tqdm(files, "reading pictures", leave=False, disable=None):
+    for path, _ in tqdm(files, "reading images", leave=False, disable=None):
         try:
             images[path], has_colours = read(path)
             coloured += has_colours
@@ -94,9 +95,9 @@ def read_all(folder, files):
         raise DataError("; ".join(troubles[:10]) + f"; and {len(troubles) - 10:,} more" * (len(troubles) > 10))
     others = Counter(path.suffix for path in folder.rglob("[!.]*") if path.is_file() and path not in images)
     for count, what in (
-        (others.total(), f"other files are left out ({', '.join(sorted(others))})"),
-        (coloured, f"of {len(images):,} pictures have colours, and are made grey"),
-        (len(grey), f"of {len(images):,} pictures become almost a single grey, first {', '.join(grey[:1])}"),
+        (others.total(), f"other files skipped ({', '.join(sorted(others))})"),
+        (coloured, f"of {len(images):,} images are in colour, and become grey"),
+        (len(grey), f"of {len(images):,} images become almost uniformly grey, such as {', '.join(grey[:1])}"),
     ):
         if count:
             print(f"{folder.name}: {count:,} {what}")
@@ -104,16 +105,16 @@ def read_all(folder, files):
 
 
 def read(path):
-    """A picture as uint8 `(28, 28)`, what is transparent being black; and whether it had colours."""
+    """An image as uint8 `(28, 28)`, black where it was transparent; and whether it was in colour."""
     try:
         with Image.open(path) as image:
             image.draft(None, (4 * SIZE, 4 * SIZE))  # a large JPEG is read at a fraction of its size
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits a pixel, which conversion would cut off at 255
+            if upright.mode.startswith("I"):  # 16 bits per pixel; convert() would clip them at 255
                 upright = Image.fromarray((np.asarray(upright) / 257).astype(np.uint8))
             picture = ImageOps.pad(upright.convert("RGBA"), (SIZE, SIZE))
-    except Exception as error:  # of many kinds: whatever reading strange bytes can lead to
-        raise DataError(f"{path}: can't be read as a picture ({error})") from error
+    except Exception as error:  # of any kind: arbitrary bytes can fail anywhere
+        raise DataError(f"{path}: can't be read as an image ({error})") from error
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("RGB")
     pixels = np.asarray(flat)
     return np.asarray(flat.convert("L")), bool((pixels != pixels[..., :1]).any())

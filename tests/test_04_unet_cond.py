@@ -127,7 +127,7 @@ def test_a_class_is_found_exactly_first_and_never_by_guessing(lesson4):
     assert lesson4.find_classes("B", ("A", "a", "b")) == [2]
     assert lesson4.find_classes("STRASSE", ("Weg", "straße")) == [1]
     assert lesson4.find_classes("é", ("e", "E\u0301")) == [1]  # as macOS writes it in a folder's name
-    with pytest.raises(tools.UserError, match=r"--class BAG: may be Bag or bag$"):
+    with pytest.raises(tools.UserError, match=r"--class BAG: ambiguous; write Bag or bag$"):
         lesson4.find_classes("BAG", ("Bag", "bag"))
 
 

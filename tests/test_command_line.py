@@ -235,7 +235,7 @@ def test_any_name_can_be_drawn(lesson4, nothing_loaded, run, tmp_path):
     for label, name in enumerate(NAMES):
         (folder / f"class {label}").rename(folder / name)
     output, _ = run(lesson4, *TINY[2:], "--epochs", "1", "--data-dir", folder, "--out", tmp_path)
-    assert "no picture" not in output and sorted(path.name for path in tmp_path.glob("*.*")) == FILES
+    assert "not written" not in output and sorted(path.name for path in tmp_path.glob("*.*")) == FILES
     run(lesson4, "--sample-only", "--class", NAMES[0], *TINY[-6:], "--out", tmp_path)
     assert "wrote" in run(lesson4, "--show", "--out", tmp_path)[0]
     assert len(list((tmp_path / "lesson").iterdir())) == 7

@@ -117,22 +117,22 @@ def test_files_under_nearly_the_right_names(digits, new, dot):
 
 def test_files_under_other_names_are_told_the_right_ones(tmp_path):
     (tmp_path / "emnist-letters-train-images-idx3-ubyte.gz").write_bytes(b"")
-    with pytest.raises(data.DataError, match=r"or train-images-idx3-ubyte, .*; in it there is emnist-letters-train-im"):
+    with pytest.raises(data.DataError, match=r"or train-images-idx3-ubyte, .*; it contains emnist-letters-train-im"):
         data.load("auto", "train", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (lambda content: content[:-1], "announces"),
-        (lambda content: content + b"x", "announces"),
+        (lambda content: content[:-1], "promises"),
+        (lambda content: content + b"x", "promises"),
         (lambda content: content[:6], "not an IDX file"),
         (lambda content: b"", "nothing"),
         (lambda content: b"<html>404</html>", "not an IDX file"),
         (lambda content: idx(np.zeros(20, np.uint8)), "not an IDX file of uint8 images"),
-        (lambda content: idx(np.zeros((0, 12, 8), np.uint8)), "announces"),
+        (lambda content: idx(np.zeros((0, 12, 8), np.uint8)), "promises"),
         (lambda content: idx(np.zeros((19, 12, 8), np.uint8)), "19 train images but 20 labels"),
-        (lambda content: bytes((0, 0, 8, 3)) + b"\xff" * 12 + content[16:], "announces"),
+        (lambda content: bytes((0, 0, 8, 3)) + b"\xff" * 12 + content[16:], "promises"),
         (lambda content: bytes((0, 0, 13, 3)) + content[4:], "not an IDX file"),
         (lambda content: gzip.compress(content)[:-4], "cannot be read"),
         (lambda content: gzip.compress(content)[:10] + b"\xff" * 40, "cannot be read"),
@@ -166,7 +166,7 @@ def test_a_gzip_bomb_is_not_unpacked(digits):
         file.write(idx(np.zeros((20, 12, 8), np.uint8)))
         file.write(bytes(1 << 26))
     tracemalloc.start()
-    with pytest.raises(data.DataError, match="announces 20 × 12 × 8 bytes of data, but more follow"):
+    with pytest.raises(data.DataError, match="promises 20 × 12 × 8 bytes of data, but more follow"):
         data.load("fashion-mnist", "train", digits)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -300,7 +300,7 @@ def test_without_a_network_garments_take_its_place(monkeypatch, tmp_path, capsys
     monkeypatch.setattr(fashion_mnist, "HOSTS", ("http://127.0.0.1:9/",))
     monkeypatch.setitem(garments.SPLITS, "test", 20)
     assert data.load("auto", "test").name == "garments"
-    assert "garments take its place" in capsys.readouterr().out
+    assert "using synthetic garments instead" in capsys.readouterr().out
     assert data.load("auto", "test", download=False).name == "garments"  # which nobody need be told
     assert capsys.readouterr().out == ""
     with pytest.raises(data.DataError, match="could not be downloaded"):
@@ -336,7 +336,7 @@ def test_folders_of_pictures(tmp_path, monkeypatch, capsys):
     assert not train.images[train.labels == 5, 18:].any()  # 23 of 40 pixels are 16.1 of 28
     monkeypatch.setenv("FASHION_MNIST_DIR", str(folder))
     np.testing.assert_array_equal(data.load(split="test").images, test.images)
-    assert capsys.readouterr().out == "squares: 2 other files are left out (.png, .txt)\n"  # once
+    assert capsys.readouterr().out == "squares: 2 other files skipped (.png, .txt)\n"  # once
 
 
 def build(folder, *paths):
@@ -382,12 +382,12 @@ def test_layouts_that_people_have(tmp_path, paths, train, test):
 @pytest.mark.parametrize(
     ("paths", "complaint"),
     [
-        (["40 a/x.heic", "b/x.heic"], r"mine: needs a folder of pictures for each class, or .*; in it there is a, b"),
-        (["fashion-mnist_train.csv"], r"in it there is fashion-mnist_train\.csv"),
-        ([".hidden"], r"in it there is \.hidden"),
-        (["2 a/x.png", "b/x.heic"], r"b: no picture that can be read; each class's folder must hold some"),
-        (["2 train/a/x.png", "test/b/x.png"], "there are no training images of the test images' class b"),
-        (["2 train/a/x.png", "test/x.txt"], r"test: needs a folder of pictures"),
+        (["40 a/x.heic", "b/x.heic"], r"mine: needs one subfolder of images per class, or .*; it contains a, b"),
+        (["fashion-mnist_train.csv"], r"it contains fashion-mnist_train\.csv"),
+        ([".hidden"], r"it contains \.hidden"),
+        (["2 a/x.png", "b/x.heic"], r"b: no readable image; each class folder needs at least one"),
+        (["2 train/a/x.png", "test/b/x.png"], "class b has test images, but no training images"),
+        (["2 train/a/x.png", "test/x.txt"], r"test: needs one subfolder of images"),
     ],
 )
 def test_layouts_that_are_refused(tmp_path, paths, complaint):
@@ -403,8 +403,8 @@ def test_what_is_left_out_or_lost_is_said(tmp_path, capsys):
     Image.fromarray(line).save(folder / "b" / "black on nothing.png")
     assert data.load("auto", "train", folder).images.shape == (6, 28, 28)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "mine: 41 other files are left out (.heic, .png)"
-    assert said[1:] == ["mine: 2 of 7 pictures become almost a single grey, first twelve bits.png"]
+    assert said[0] == "mine: 41 other files skipped (.heic, .png)"
+    assert said[1:] == ["mine: 2 of 7 images become almost uniformly grey, such as twelve bits.png"]
 
 
 def test_all_broken_pictures_are_named_at_once(tmp_path):
@@ -489,7 +489,7 @@ def test_pictures_become_grey_upright_and_fitted(tmp_path, capsys, name, picture
     inside = [*range(12), *range(16, 28)]  # not where light and dark meet
     assert np.abs(images - expected)[:6].max() == np.abs(images - expected)[22:].max() == 0
     assert np.abs(images - expected)[9:19, inside].max() <= 3
-    assert ("1 of 1 pictures have colours" in capsys.readouterr().out) == coloured
+    assert ("1 of 1 images are in colour" in capsys.readouterr().out) == coloured
 
 
 def test_files_in_the_format_of_fashion_mnist_come_before_pictures(digits):

@@ -422,7 +422,7 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(fit, monkeypatch, error):
     monkeypatch.setattr(tools.plt.Figure, "savefig", fail)
     ended, said, checkpoint = fit()
     assert ended is None and checkpoint["step"] == 12
-    assert f"progress.png: no picture ({error})" in said.out
+    assert f"progress.png: not written ({error})" in said.out
     assert not list(fit.path.parent.glob("*.p[!t]*"))  # neither a picture nor a part of one
 
 
@@ -431,7 +431,7 @@ def test_a_run_of_more_than_an_hour_says_so_once(fit, monkeypatch, seconds, said
     clock = iter(range(0, 10**9, seconds))  # each look is so much later: a step takes one look, or two
     monkeypatch.setattr(tools.time, "monotonic", lambda: next(clock))
     _, output, _ = fit(steps=100)
-    assert output.out.count("hours to go; sooner done: --restart with a smaller --epochs") == said
+    assert output.out.count("hours to go; to save time: --restart with a smaller --epochs") == said
 
 
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
