@@ -975,6 +975,7 @@ class RunSettings(NamedTuple):
     classes: tuple[str, ...]
     size: tuple[int, int]  # height and width of the images
     sigma_data: float
+    counts: tuple[int, ...] = ()  # training images of each class
 
     @property
     def images_seen(self):
@@ -1044,7 +1045,7 @@ def new_run(options, path, make_network):
             f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, the number of processes"
         )
     train = tools.load_data(options.data, "train", options.data_dir)
-    n, classes, counts = len(train.labels), train.classes, np.bincount(train.labels)
+    n, classes, counts = len(train.labels), train.classes, np.bincount(train.labels).tolist()
     shown = [f"{name} ({count:,})" for name, count in zip(classes, counts, strict=True)]
     print(f"data      {train.name}: {n:,} images of {', '.join(shown[:30])}{', …' * (len(shown) > 30)}")
     torch.manual_seed(options.seed)
@@ -1054,9 +1055,9 @@ def new_run(options, path, make_network):
         enough = f"for {preset.images_seen:,}, use --epochs {math.ceil(preset.images_seen / n)}"
         print(f"note      training will see only {steps * batch_size:,} images, so expect noisy samples; {enough}")
     known = {"network": type(network).__name__, "preset": preset_name, "steps": steps, "batch_size": batch_size}
-    known |= {"seed": options.seed, "data": train.name, "images": n, "classes": classes}
+    known |= {"seed": options.seed, "data": train.name, "images": n, "classes": classes, "counts": tuple(counts)}
     checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **known)
-    if checkpoint and checkpoint["step"] == steps:
+    if train.slow and checkpoint and checkpoint["step"] == steps:
         return network, checkpoint["settings"], checkpoint, None
     images = pad(torch.from_numpy(train.images)[:, None], preset)
     sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ

@@ -360,7 +360,7 @@ def find_classes(text, classes):
             return found
         if found:
             raise tools.UserError(f"--class {text}: ambiguous; write {' or '.join(classes[label] for label in found)}")
-    if text.isdecimal() and int(text) < len(classes):
+    if text.isdecimal() and int(text) < len(classes) and not any(name.isdecimal() for name in classes):
         return [int(text)]
     last = len(classes) - 1
     raise tools.UserError(f"--class {text}: must be one of {', '.join(classes)}, or a number from 0 to {last}")

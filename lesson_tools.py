@@ -146,6 +146,7 @@ def plot_images(axes, images, columns, rows=(), titles=()):
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=-1)  # fill the grid with background
     grid = rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
     axes.imshow(grid.numpy(), vmin=-1, vmax=1)
+    titles, rows = ([f"{name:.40}" for name in names] for names in (titles, rows))
     axes.set_xticks([(column + 0.5) * width - 0.5 for column in range(len(titles))], titles)
     axes.set_yticks([(row + 0.5) * height - 0.5 for row in range(len(rows))], rows)
     axes.xaxis.tick_top()
@@ -176,8 +177,8 @@ def plot_losses(title, losses, previews):
     for name, line in zip(measured[0], ("--", "-"), strict=False):
         values = [losses[name] for losses in measured]
         axes.plot(steps, values, line, color="tab:orange", marker="o", markersize=4, label=f"averaged weights, {name}")
-    top = max(2.5 * np.median(losses), 1.5 * max(measured[-1].values()))  # the first losses may be higher
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, min(1.1, top)), title=title)
+    top = max(2.5 * np.median(losses), 1.5 * max(measured[-1].values()))
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, top), title=title)
     axes.legend(loc="upper right")
     return figure
 
@@ -209,7 +210,7 @@ def save_picture(figure, path, quiet=False):
     try:
         write_atomically(path, functools.partial(figure.savefig, format="png"))
         said = f"wrote {path}" * (not quiet)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except Exception as error:  # of any kind: a font may lack a name's characters
         said = f"{path}: not written ({error})"
     if said:
         tqdm.write(said)
@@ -218,12 +219,15 @@ def save_picture(figure, path, quiet=False):
 
 def writable_folder(text):
     """For argparse: a folder to write to, created if necessary. Better to find out now than after training."""
+    folder = Path(text).expanduser()
     try:
-        Path(text).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=text).close()
+        if not text:
+            raise OSError("it is empty")
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"must be a folder that can be written to ({error})") from error
-    return Path(text)
+    return folder
 
 
 # %% Images for the sections
@@ -511,7 +515,7 @@ def make_run_parser(script, description, presets):
     add("--data", choices=data.NAMES, default="auto", help="auto: Fashion-MNIST, or synthetic garments without it")
     add("--data-dir", metavar="DIR", help="IDX files, or a folder of images per class (default: $FASHION_MNIST_DIR)")
     add("--preset", choices=presets, help="network and training settings (default: small)")
-    add("--epochs", metavar="E", type=number(float, 1e-9, 1e5), help="passes over the data (default: from the preset)")
+    add("--epochs", metavar="E", type=number(float, 1e-9, 1e6), help="passes over the data (default: from the preset)")
     add("--batch-size", metavar="B", type=count, help="images per training step (default: the preset's)")
     add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="seed of all random numbers (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
@@ -532,6 +536,8 @@ def parse_run_options(parser):
         parser.error("--show takes neither --data nor --device (use --data-dir for your own images)")
     if options.data_dir == "":
         parser.error("--data-dir is empty (an unset variable?): name a folder, or leave it out")
+    if options.data_dir and options.out.resolve().is_relative_to(Path(options.data_dir).expanduser().resolve()):
+        parser.error("--out must not lie in the --data-dir folder, or its pictures become data")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir
     options.sample_only |= getattr(options, "pretrained", False)

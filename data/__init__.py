@@ -17,8 +17,10 @@ class Dataset:
     """One split of a data set: images (uint8 `(n, height, width)`, with background 0), labels (int64 `(n,)`), classes
     (the name of each label), and the data set's name, for titles and checkpoints."""
 
-    def __init__(self, read_images, labels, classes, name):
-        self.read_images, self.labels, self.classes, self.name = read_images, labels, classes, name
+    def __init__(self, read_images, labels, classes, name, slow=False):
+        self.read_images, self.labels, self.slow = read_images, labels, slow  # slow: whether reading takes a while
+        self.name, *self.classes = (text.encode(errors="replace").decode() for text in (name, *classes))  # printable
+        self.classes = tuple(self.classes)
 
     @functools.cached_property
     def images(self):
@@ -46,9 +48,9 @@ def load(name="auto", split="train", data_dir=None, download=True):
         raise DataError("--data-dir is empty (an unset variable?): name a folder, or leave --data-dir out")
     named = os.environ.get("FASHION_MNIST_DIR") if data_dir is None else data_dir
     if name != "garments":
-        folder = descend(Path(named)) if named else None
+        folder = descend(Path(named).expanduser()) if named else None
         if folder and not fashion_mnist.is_in(folder):
-            return Dataset(*pictures.load(split, folder), Path(named).resolve().name)
+            return Dataset(*pictures.load(split, folder), Path(named).resolve().name, slow=True)
         try:
             images, labels, classes, official = fashion_mnist.load(split, folder, download)
             return Dataset(lambda: images, labels, classes, official or Path(named).resolve().name)

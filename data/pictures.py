@@ -13,7 +13,10 @@ from tqdm import tqdm
 from data.fashion_mnist import FILES, DataError
 
 SIZE = 28
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+STUBS = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")  # Pillow knows their names, but can't read them by itself
+SUFFIXES = {
+    suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in STUBS
+}
 TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # the splits' folder names
 
 
@@ -51,12 +54,10 @@ def find_classes(folder, name):
     if not any(classes.values()):
         classes = {name: pictures}
     if not any(classes.values()):
-        there, files = (
-            sorted(path.name for path in folder.iterdir()),
-            [name for names in FILES.values() for name in names],
-        )
-        needs = f"needs one subfolder of images per class, or {', '.join(files)}"
-        raise DataError(f"{folder}: {needs}; it contains {', '.join(there[:5]) or 'nothing'}")
+        files = ", ".join(name for names in FILES.values() for name in names)
+        there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        contents = ", ".join(there[:5]) or "no file"
+        raise DataError(f"{folder}: needs one subfolder of images per class, or {files}; it contains {contents}")
     if empty := [name for name in classes if not classes[name]]:
         raise DataError(f"{folder / empty[0]}: no readable image; each class folder needs at least one")
     return classes
@@ -74,7 +75,7 @@ def load(split, folder):
 
     def read_images():
         paths = sorted({path for each in splits for paths in each.values() for path in paths})
-        images = read_all(folder, tuple((path, path.stat().st_mtime_ns) for path in paths))
+        images = read_all(folder, tuple((path, path.exists() and path.stat().st_mtime_ns) for path in paths))
         return np.stack([images[path] for paths in chosen.values() for path in paths])
 
     return read_images, np.array([classes.index(name) for name in chosen for _ in chosen[name]]), classes
@@ -110,8 +111,11 @@ def read(path):
         with Image.open(path) as image:
             image.draft(None, (4 * SIZE, 4 * SIZE))  # a large JPEG is read at a fraction of its size
             upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I"):  # 16 bits per pixel; convert() would clip them at 255
-                upright = Image.fromarray((np.asarray(upright) / 257).astype(np.uint8))
+            if upright.mode[0] in "IF":  # more than 8 bits per pixel; convert() would clip them at 255
+                values = np.asarray(upright)
+                if not ((values >= 0) & (values <= 65535) & (values == values.round())).all():
+                    raise ValueError("its values are not from 0 to 65535; save it with 8 or 16 bits")
+                upright = Image.fromarray((values / 257).astype(np.uint8))
             picture = ImageOps.pad(upright.convert("RGBA"), (SIZE, SIZE))
     except Exception as error:  # of any kind: arbitrary bytes can fail anywhere
         raise DataError(f"{path}: can't be read as an image ({error})") from error

@@ -251,6 +251,10 @@ def test_a_finished_run_reads_no_pictures_to_sample_again(lesson4, nothing_loade
     (folder / "class 0" / "00.png").unlink()  # names and counts are compared
     tools.load_data.cache_clear()
     assert "images 5 there, 4 here" in run(lesson4, *options, status=2)[1]
+    (folder / "class 1" / "02.png").rename(folder / "class 0" / "03.png")
+    write_pictures(folder, 1, 1)
+    tools.load_data.cache_clear()
+    assert "counts (2, 3) there, (3, 2) here" in run(lesson4, *options, status=2)[1]
 
 
 def test_many_samples_are_kept_and_some_are_drawn(lesson3, tmp_path, monkeypatch):
@@ -537,6 +541,11 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--class", "Hat", "--data", "garments"], "Ankle boot"),
         (["--rest"], "unrecognized"),
         (["--out", __file__], "must be a folder that can be written to"),
+        (["--out", ""], "must be a folder that can be written to (it is empty)"),
+        (
+            ["--data-dir", str(ROOT / "tests"), "--out", str(ROOT / "tests")],
+            "--out must not lie in the --data-dir folder",
+        ),
         (["--data", "garments", "--data-dir", "."], "leave --data-dir out"),
         (["--data-dir", "/nonexistent"], "/nonexistent: no such folder"),
         (["--data-dir", __file__], "a file, not a folder"),

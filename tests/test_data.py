@@ -366,6 +366,7 @@ def build(folder, *paths):
         (["set/train/a/x.png", "2 set/val/a/x.png", "set/test/a/x.png"], {"a": 1}, {"a": 1}),
         (["12 train/x.png", "2 test/x.png"], {"mine": 12}, {"mine": 2}),
         (["2 train/x.png", "test/x.png", "bus/x.png"], {"bus": 1, "test": 1, "train": 1}, {"train": 1}),
+        (["2 a/x.png", "a/x.mpg", "x.h5", "b/x.png", "b/x.eps"], {"a": 1, "b": 1}, {"a": 1}),
         (["3 a/x.webp", "a/x.gif", "a/x.bmp", "a/x.tif", "a/x.JPG", "b/x.png"], {"a": 6, "b": 1}, {"a": 1}),
         (["2 a/x.png", "b/x.png", ".git/x.png", "b/.ipynb_checkpoints/x.png"], {"a": 1, "b": 1}, {"a": 1}),
     ],
@@ -382,7 +383,10 @@ def test_layouts_that_people_have(tmp_path, paths, train, test):
 @pytest.mark.parametrize(
     ("paths", "complaint"),
     [
-        (["40 a/x.heic", "b/x.heic"], r"mine: needs one subfolder of images per class, or .*; it contains a, b"),
+        (
+            ["40 a/x.heic", "b/x.heic"],
+            r"mine: needs one subfolder of images per class, or .*; it contains a/x 0.heic, a/x 1.heic, ",
+        ),
         (["fashion-mnist_train.csv"], r"it contains fashion-mnist_train\.csv"),
         ([".hidden"], r"it contains \.hidden"),
         (["2 a/x.png", "b/x.heic"], r"b: no readable image; each class folder needs at least one"),
@@ -418,6 +422,37 @@ def test_all_broken_pictures_are_named_at_once(tmp_path):
         ) as caught:
             data.load("auto", split, folder).images  # noqa: B018
         assert str(caught.value).count("can't be read") == 10
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.5, 1.0], [0, 70_000], [-5, 5], [float("nan"), 1]])
+def test_values_that_no_grey_stands_for_are_refused(tmp_path, values):
+    (tmp_path / "a").mkdir()
+    kind = np.float32 if isinstance(values[0], float) else np.int32
+    Image.fromarray(np.array([values], kind)).save(tmp_path / "a" / "x.tif")
+    with pytest.raises(data.DataError, match=r"its values are not from 0 to 65535; save it with 8 or 16 bits"):
+        data.load("auto", "train", tmp_path).images  # noqa: B018
+
+
+def test_a_link_to_nothing_is_named_like_a_broken_picture(tmp_path):
+    build(tmp_path, "2 a/x.png")
+    (tmp_path / "a" / "y.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(data.DataError, match=r"y.png: can't be read as an image \(.*No such file"):
+        data.load("auto", "train", tmp_path).images  # noqa: B018
+
+
+def test_names_in_another_encoding_can_be_printed(tmp_path):
+    folder = build(tmp_path / os.fsdecode(b"m\xffne"), "2 a/x.png", "b/x.png")
+    (folder / "b").rename(folder / os.fsdecode(b"b\xe9"))
+    found = data.load("auto", "train", folder)
+    assert (found.name, found.classes) == ("m?ne", ("a", "b?"))
+    assert found.images.shape == (2, 28, 28)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    build(tmp_path / "mine", "2 a/x.png")
+    assert data.load("auto", "train", "~/mine").name == "mine"
 
 
 def test_large_photos_are_read_at_a_fraction_of_their_size(tmp_path, monkeypatch):
