@@ -21,12 +21,13 @@ from test_01_time_embedding import DEVICES, section_titles
 from test_data import idx, write_pictures
 
 import lesson_tools as tools
-from data import Dataset, fashion_mnist, load
+from data import Dataset, fashion_mnist, garments, load
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "garments", "--epochs", "0.012", "--batch-size", "10", "--steps", "2", "--n", "2", "--device", "cpu"]
 QUICK = {"widths": (8, 16), "groups": 4, "head_dim": 8, "max_lr": 2e-3}  # in the place of the preset's
 FILES = ["checkpoint.pt", "denoising.png", "loss.png", "progress.png", "samples.npy", "samples.png"]
+draw_once = functools.cache(garments.draw)
 
 
 @pytest.fixture
@@ -35,6 +36,7 @@ def run_untouched(monkeypatch, capsys):
     (None: 0 or 2). If it is 2, one line that begins with the script's name says why."""
     for name in ("FASHION_MNIST_DIR", "LESSON_RUN"):  # --show sets them
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(garments, "draw", draw_once)
 
     def run(lesson, *arguments, status=0):
         monkeypatch.setattr(sys, "argv", [lesson.__file__, *map(str, arguments)])
