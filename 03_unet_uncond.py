@@ -1041,7 +1041,7 @@ def new_run(options, path, make_network):
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size
     if batch_size % tools.PROCESSES:
-        raise tools.UserError(f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, one share a process")
+        raise tools.UserError(f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, one share each")
     train = tools.load_data(options.data, "train", options.data_dir)
     n, classes, counts = len(train.labels), train.classes, np.bincount(train.labels).tolist()
     shown = [f"{name} ({count:,})" for name, count in zip(classes, counts, strict=True)]
