@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from judge import to_range
+from classifiers import to_range
 from torch import nn
 from tqdm import tqdm
 

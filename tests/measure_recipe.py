@@ -1,16 +1,17 @@
-"""What does each choice of the recipe buy? From the lecture's own settings to ours, one at a time. Run by hand.
+"""What each choice of the recipe is worth, all measured in one form. Run by hand.
 
-    python tests/measure_recipe.py [--minutes M | --images N] [--n N] [--seeds S [S ...]] [--rungs R [R ...]]
+    python tests/measure_recipe.py ROW [--seed S] [--images N | --minutes M] [--sweep]
+    python tests/measure_recipe.py          the rows in `results.jsonl`, as tables in Markdown
 
-Every rung of the ladder trains for the same minutes of the clock (or on the same number of images), in a process of its
-own, and makes the same number of samples, which the judges of measure_quality then judge. What is there already is not
-done again, so it can be stopped, and go on later; and it is shown, too. The machine should have nothing else to do.
+Each row is today's recipe with one thing changed. It trains on as many images as the others, or for as many minutes,
+and makes as many samples from the same noise, with guidance and without it, which the classifiers measure. A finished
+row is a line of `results.jsonl`; one that is there already (of this kind of machine) is not done again.
 
-The lowest rung is the conditional model of the lecture (notebook 28), made of this project's classes: 28 × 28 pixels
-padded to 32 × 32 in ±0.5, widths 32 to 256, batch norm, scale and shift in front of it, time from 0 to 1, prediction of
-the noise on a cosine schedule, Adam with a learning rate that goes up to 0.01 and down in one cycle, batches of 512,
-100 steps of DDIM. What differs: the middle has two blocks, the time embedding no batch norm, Adam's momentum stays as
-it is, and gradients are clipped.
+The rows of the road lead from the lecture's conditional model (notebook 28) to today's recipe, each with all the
+changes before it. The first is made of this project's classes: 28 × 28 pixels padded to 32 × 32 in ±0.5, widths 32 to
+256, batch norm, scale and shift in front of it, time from 0 to 1, prediction of the noise on a cosine schedule, Adam
+with a learning rate that goes up to 0.01 and down in one cycle, batches of 512, 100 steps of DDIM. What differs: the
+middle has two blocks, the time embedding no batch norm, Adam's momentum stays as it is, and gradients are clipped.
 """
 
 import argparse
@@ -18,6 +19,8 @@ import copy
 import importlib
 import json
 import math
+import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -26,11 +29,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 import torch.nn.functional as F
-from measure_quality import ARCHITECTURES, Baselines, Panel
+from measure_quality import Panel
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -40,76 +41,97 @@ import lesson_tools as tools
 lesson3 = importlib.import_module("03_unet_uncond")
 lesson4 = importlib.import_module("04_unet_cond")
 
+RESULTS = Path(__file__).parent / "results.jsonl"
+SWEEP = (0.8, 1.0, 1.2, 1.6)  # guidance, where distance and accuracy are compared closely
 
-# %% The ladder
+
+# %% Rows
 class Recipe(NamedTuple):
-    """The lecture's settings, as they come."""
+    """Today's recipe. A row changes some of it."""
 
-    batch_size: int = 512
-    preset: str = "lecture"
-    fast: bool = False  # bfloat16 if the device is fast with it, channels last
-    edm: bool = False  # preconditioning, noise levels and sampler of lesson 3
-    between: bool = False  # lesson 3's distribution of the noise levels, in the place of EDM's
-    own_block: bool = False  # lesson 3's: group norm, scale and shift behind it, a silent start
-    averaged: bool = False  # it is the average of the weights that samples
-    muon: float = 0.0  # with lesson 3's schedule: AdamW's highest learning rate beside it
-    attention: bool = False
-    guidance: float = 0.0  # if any, labels are dropped in training
-    below: float = math.inf  # sigma from which on it guides
+    preset: str = "small"
+    batch_size: int = 32
+    optimizer: str = "muon"  # or "adamw"; "one cycle" is the lecture's Adam
+    max_lr: float = 7e-4  # AdamW's highest; Muon's is ten times that
+    fast: bool = True  # bfloat16 if the device is fast with it, channels last
+    noise_prediction: bool = False  # on the lecture's cosine schedule, without EDM's preconditioning and weights
+    levels: tuple[float, float] = (lesson3.P_MEAN, lesson3.P_STD)  # mean and deviation of ln(sigma) in training
+    batch_norm: bool = False  # in the place of group norm
+    shift_first: bool = False  # scale and shift in front of the second norm
+    zero_start: bool = True  # the last weights of each branch
+    averaged: bool = True  # it is the average of the weights that samples
+    attention: bool = True
+    time: bool = True
+    drop_labels: bool = True  # one in ten in training
+    ddim: bool = False  # the lecture's 100 steps
 
 
-# each with all the changes above it
-CHANGES = {
-    "the lecture's settings": {},
-    "batches of 128": {"batch_size": 128},
-    "a smaller net, on patches": {"preset": "small"},
-    "bfloat16, channels last": {"fast": True},
-    f"EDM, {lesson3.STEPS} steps of DPM-Solver++": {"edm": True},
-    "noise levels nearer the middle": {"between": True},
-    "group norm, scale and shift after it": {"own_block": True},
-    "an average of the weights": {"averaged": True},
-    "batches of 64": {"batch_size": 64},
-    "Muon": {"muon": 2e-3},
-    "attention": {"attention": True},
-    "guidance": {"guidance": lesson4.GUIDANCE},
-    "guidance below a noise level": {"below": lesson4.GUIDED_BELOW},
-    "batches of 32, a third of the learning rates": {"batch_size": 32, "muon": 7e-4},
+LECTURE = {"preset": "lecture", "batch_size": 512, "optimizer": "one cycle", "max_lr": 0.01, "fast": False}
+LECTURE |= {"noise_prediction": True, "levels": (-1.2, 1.2), "batch_norm": True, "shift_first": True}
+LECTURE |= {"zero_start": False, "averaged": False, "attention": False, "drop_labels": False, "ddim": True}
+ROAD = {  # each with all the changes above it
+    "road: the lecture's settings": LECTURE,
+    "road: batches of 128": {"batch_size": 128, "max_lr": 0.005},
+    "road: a small network, on patches": {"preset": "small"},
+    "road: bfloat16, channels last": {"fast": True},
+    "road: EDM, 14 steps of DPM-Solver++": {"noise_prediction": False, "ddim": False},
+    "road: noise levels nearer the middle": {"levels": (-1.0, 1.0)},
+    "road: group norm, scale and shift after it": {"batch_norm": False, "shift_first": False, "zero_start": True},
+    "road: Muon and an average, batches of 32": {
+        "optimizer": "muon",
+        "max_lr": 7e-4,
+        "averaged": True,
+        "batch_size": 32,
+    },
+    "road: attention": {"attention": True},
+    "road: dropped labels, for guidance": {"drop_labels": True},
 }
-RECIPES = dict(zip(CHANGES, accumulate(CHANGES.values(), lambda before, change: before | change), strict=True))
-RECIPES = {name: Recipe(**changes) for name, changes in RECIPES.items()}
+CHANGES = {
+    "today's recipe": {},
+    "AdamW, 0.0005": {"optimizer": "adamw", "max_lr": 5e-4},
+    "AdamW, 0.001": {"optimizer": "adamw", "max_lr": 1e-3},
+    "AdamW, 0.002": {"optimizer": "adamw", "max_lr": 2e-3},
+    "labels never dropped": {"drop_labels": False},
+    "noise prediction, cosine schedule": {"noise_prediction": True},
+    "EDM's noise levels": {"levels": (-1.2, 1.2)},
+    "batch norm": {"batch_norm": True},
+    "scale and shift in front of the norm": {"shift_first": True},
+    "the last weights, no average": {"averaged": False},
+    "no attention": {"attention": False},
+    "no time": {"time": False},
+    "batches of 64, 0.001": {"batch_size": 64, "max_lr": 1e-3},
+    "batches of 128, 0.0014": {"batch_size": 128, "max_lr": 1.4e-3},
+    "the lecture's network": {"preset": "lecture"},
+    "float32": {"fast": False},
+}
+RECIPES = {name: Recipe()._replace(**changes) for name, changes in CHANGES.items()}
+built = accumulate(ROAD.values(), lambda before, change: before | change)
+RECIPES |= {name: Recipe()._replace(**changes) for name, changes in zip(ROAD, built, strict=True)}
 
 
-class LectureBlock(lesson4.AttentionResBlock):
-    """Scale and shift in front of the second norm, and no weights that start at zero."""
+# %% What they are made of
+class ShiftFirstBlock(lesson4.AttentionResBlock):
+    """Scale and shift in front of the second norm."""
 
     def forward(self, x, embedding):
         second = self.conv2
         h = second.scale_shift(self.conv1(x), embedding)
-        return self.shortcut(x) + second.conv(F.silu(second.norm(h)))
+        return self.attention(self.shortcut(x) + second.conv(F.silu(second.norm(h))))
 
 
-class SavedLectureBlock(lesson3.Saved, LectureBlock):
+class SavedShiftFirstBlock(lesson3.Saved, ShiftFirstBlock):
     pass
 
 
-class LectureUNet(lesson4.CondUNet):
-    """Lesson 4's network out of such blocks, with batch norm."""
-
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        for module in list(self.modules()):
-            for name, child in module.named_children():
-                if isinstance(child, nn.GroupNorm):
-                    setattr(module, name, nn.BatchNorm2d(child.num_channels))
-                elif hasattr(child, "reset_parameters"):
-                    child.reset_parameters()
+class ShiftFirstUNet(lesson4.CondUNet):
+    """Lesson 4's network out of such blocks."""
 
     def make_block(self, in_channels, out_channels, saved=False):
-        kind = SavedLectureBlock if saved else LectureBlock
+        kind = SavedShiftFirstBlock if saved else ShiftFirstBlock
         return kind(in_channels, out_channels, self.groups, 4 * self.widths[0])
 
 
-class LectureDenoiser(lesson3.Denoiser):
+class NoiseDenoiser(lesson3.Denoiser):
     """It predicts the noise: x0_hat = x - sigma · noise_hat. Images in [-1, 1] are halved on the way in; the share of
     the noise is then sin(π t / 2), of the image cos(π t / 2), with t from 0 to 1."""
 
@@ -121,26 +143,38 @@ class LectureDenoiser(lesson3.Denoiser):
 
 
 def sigma_of(t):
-    """The inverse of the lecture's `c_noise`."""
+    """The inverse of its `c_noise`."""
     return 2 * torch.tan(math.pi / 2 * t)
+
+
+class TimelessUNet(lesson4.CondUNet):
+    """It always gets the same time."""
+
+    def embed(self, time, label):
+        return super().embed(torch.zeros_like(time), label)
 
 
 def make_denoiser(recipe, settings, device):
     """A new denoiser of that recipe, with weights that the seed in the `RunSettings` decides."""
     torch.manual_seed(settings.seed)
     preset = lesson3.PRESETS[recipe.preset]
-    levels = preset.attention_levels if recipe.attention else ()
-    kind = lesson4.CondUNet if recipe.own_block else LectureUNet
-    sizes = preset.patch**2, preset.widths, preset.depth, preset.groups
-    network = kind(*sizes, levels, preset.head_dim, len(settings.classes))
-    if not recipe.attention:
-        network.middle[0].attention = nn.Identity()
-    kind = lesson3.Denoiser if recipe.edm else LectureDenoiser
+    network_class = ShiftFirstUNet if recipe.shift_first else lesson4.CondUNet if recipe.time else TimelessUNet
+    network = lesson4.make_network(preset, len(settings.classes), network_class)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if recipe.batch_norm and isinstance(child, nn.GroupNorm):
+                setattr(module, name, nn.BatchNorm2d(child.num_channels))
+            elif not recipe.zero_start and hasattr(child, "reset_parameters"):
+                child.reset_parameters()
+            elif not recipe.attention and name == "attention":
+                setattr(module, name, nn.Identity())
+    kind = NoiseDenoiser if recipe.noise_prediction else lesson3.Denoiser
     precision = tools.choose_precision(device) if recipe.fast else None
     denoiser = kind(network, settings.sigma_data, preset.patch, precision)
     return denoiser.to(device, memory_format=torch.channels_last if recipe.fast else torch.contiguous_format)
 
 
+# %% Training and sampling
 def one_cycle(share):
     """The learning rate after a share of the training: from a 25th up for 30 % of it, then down to nothing; along
     cosines (Smith and Topin 2017, in PyTorch's form)."""
@@ -151,10 +185,10 @@ def one_cycle(share):
 def draw_batches(recipe, settings, dataset):
     """Batches without end, as lesson 3's, or with t drawn evenly from 0 to 1."""
     batches = lesson3.draw_batches(*dataset, recipe.batch_size, settings.seed, range(10**9))
-    if recipe.guidance:
+    if recipe.drop_labels:
         batches = lesson4.drop_labels(batches, len(settings.classes))
     for step, x0, sigma, noise, label in batches:
-        if not recipe.edm:
+        if recipe.noise_prediction:
             sigma = sigma_of(torch.rand(len(sigma), device=sigma.device).clamp(1e-3, 0.999))
         yield step, x0, sigma, noise, label
 
@@ -162,155 +196,196 @@ def draw_batches(recipe, settings, dataset):
 def train(recipe, settings, dataset, share_done):
     """The denoiser that samples, and how many images it was trained on. share_done(images seen): from 0 to 1."""
     denoiser = make_denoiser(recipe, settings, dataset[0].device)
-    ema = copy.deepcopy(denoiser).requires_grad_(False)
-    seen, schedule = 0, lesson3.schedule
-    if recipe.muon:
-        optimizers = lesson3.use_muon(denoiser.parameters(), recipe.muon)
+    ema, seen, schedule = copy.deepcopy(denoiser).requires_grad_(False), 0, lesson3.schedule
+    if recipe.optimizer == "one cycle":
+        optimizers = [torch.optim.Adam(denoiser.parameters(), recipe.max_lr, eps=1e-5, fused=True)]
     else:
-        max_lr = 0.01 * (recipe.batch_size / 512) ** 0.5
-        optimizers = [torch.optim.Adam(denoiser.parameters(), max_lr, eps=1e-5, fused=True)]
+        use = {"muon": lesson3.use_muon, "adamw": lesson3.use_adamw}[recipe.optimizer]
+        optimizers = use(denoiser.parameters(), recipe.max_lr)
 
     def by_share(step, steps):
         share = min(share_done(seen), 1.0)
-        return schedule(int(share * 10**6), 10**6) if recipe.muon else one_cycle(share)
+        return one_cycle(share) if recipe.optimizer == "one cycle" else schedule(int(share * 10**6), 10**6)
 
     lesson3.schedule = by_share  # this process trains but once
-    if not recipe.between:
-        lesson3.P_MEAN, lesson3.P_STD = -1.2, 1.2
+    lesson3.P_MEAN, lesson3.P_STD = recipe.levels
     for _ in lesson3.train(denoiser, ema, optimizers, draw_batches(recipe, settings, dataset), 10**9):
         seen += recipe.batch_size
         if share_done(seen) >= 1:
             break
+    if recipe.batch_norm and recipe.averaged:
+        measure_batch_norm(ema, draw_batches(recipe, settings, dataset))
     return (ema if recipe.averaged else denoiser).eval().requires_grad_(False), seen
 
 
-def sample(recipe, settings, denoiser, n):
+@torch.no_grad()
+def measure_batch_norm(denoiser, batches, n=100):
+    """Averaged weights need means and variances of their own: those of n batches of the training."""
+    norms = [module for module in denoiser.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean of all batches
+    denoiser.train()
+    for (_, x0, sigma, noise, label), _ in zip(batches, range(n), strict=False):
+        denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
+
+
+def sample(recipe, settings, denoiser, n, guidance, below=lesson4.GUIDED_BELOW):
     """n images, `(n, 1, h, w)`, the classes in turn."""
     times, images, n_classes = torch.linspace(0.99, 0, 100), [], len(settings.classes)
-    sigmas, method = (lesson3.noise_levels(), "dpm++") if recipe.edm else (sigma_of(times).tolist(), "ddim")
+    sigmas, method = (sigma_of(times).tolist(), "ddim") if recipe.ddim else (lesson3.noise_levels(), "dpm++")
     for numbers in torch.arange(n).split(200):
         label = (numbers % n_classes).to(denoiser.device)
         noise_ids = [(0, i % n_classes, i // n_classes) for i in numbers.tolist()]
-        denoise = lesson4.guide(denoiser, label, recipe.guidance, recipe.below)
+        denoise = lesson4.guide(denoiser, label, guidance, below)
         noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
         *_, (_, x, _) = lesson3.sample(denoise, noise, sigmas, method)
         images.append(lesson3.crop(x, settings.size).clamp(-1, 1).cpu())
     return torch.cat(images)
 
 
-def measure_rung(recipe, seed, options, path):
-    """Train, sample, and write what came out: images to path, and figures beside it."""
-    device = tools.choose_device(options.device)
-    train_set = tools.load_data("fashion-mnist", "train", options.data_dir)
-    images = lesson3.pad(torch.from_numpy(train_set.images)[:, None], lesson3.PRESETS[recipe.preset]).to(device)
+@torch.no_grad()
+def measure_loss(denoiser, sigma_data, images, labels):
+    """Lesson 3's loss of any denoiser, on uint8 images `(n, 1, h, w)`: with its noise levels and its weights."""
+    generator = torch.Generator().manual_seed(0)
+    mean, deviation = Recipe().levels
+    sigma = (mean + deviation * torch.randn(len(images), generator=generator)).exp()
+    x0, noise, losses = images / 127.5 - 1, torch.randn(images.shape, generator=generator), []
+    for chosen in torch.arange(len(images)).split(250):
+        level, clean, label = (part[chosen].to(denoiser.device) for part in (sigma, x0, labels))
+        c_out = lesson3.Denoiser(None, sigma_data).scales(level)[1].view(-1, 1, 1, 1)
+        x = clean + level.view(-1, 1, 1, 1) * noise[chosen].to(denoiser.device)
+        losses.append(((denoiser(x, level, label) - clean) / c_out).square().mean(dim=(1, 2, 3)))
+    return float(torch.cat(losses).mean())
+
+
+# %% A row
+def describe_machine(device, recipe):
+    """What figures depend on: device, precision, threads, and the project's state."""
+    root = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    commit = subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
+    processor = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    elif (cpuinfo := Path("/proc/cpuinfo")).exists():
+        (processor, *_) = [line.partition(": ")[2] for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        flags = getattr(torch.cpu, "get_capabilities", dict)()
+        kinds = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512_f": "AVX-512", "avx2": "AVX2"}
+        processor += next((f", {kind}" for flag, kind in kinds.items() if flags.get(flag)), "")
+    precision = "bfloat16" if recipe.fast and tools.choose_precision(device) else "float32"
+    return {"processor": processor, "precision": precision, "threads": torch.get_num_threads(), "commit": commit}
+
+
+def measure_row(options):
+    """Train, sample, measure; returns figures for a line of `results.jsonl`, a dictionary."""
+    recipe, device = RECIPES[options.row], tools.choose_device(options.device)
+    train_set, test_set = (tools.load_data("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
+    preset = lesson3.PRESETS[recipe.preset]
+    images, unseen = (lesson3.pad(torch.from_numpy(part.images)[:, None], preset) for part in (train_set, test_set))
     sigma_data = round(images.float().std().item() / 127.5, 4)
-    size, asked = train_set.images.shape[1:], ("CondUNet", recipe.preset, 1, recipe.batch_size, seed)
-    settings = lesson3.RunSettings(*asked, train_set.name, len(images), train_set.classes, size, sigma_data)
+    size, known = train_set.images.shape[1:], ("CondUNet", recipe.preset, 1, recipe.batch_size, options.seed)
+    settings = lesson3.RunSettings(*known, train_set.name, len(images), train_set.classes, size, sigma_data)
     began = time.monotonic()
 
     def share_done(seen):
         return seen / options.images if options.images else (time.monotonic() - began) / (60 * options.minutes)
 
-    denoiser, seen = train(recipe, settings, (images, torch.from_numpy(train_set.labels).to(device)), share_done)
-    trained = time.monotonic()
-    samples = sample(recipe, settings, denoiser, options.n)
-    figures = {"seen": seen, "seconds": trained - began, "sampling": time.monotonic() - trained}
-    tools.write_atomically(path.with_suffix(".json"), lambda file: file.write(json.dumps(figures).encode()))
-    tools.write_atomically(path, lambda file: np.save(file, samples.numpy()))
+    dataset = images.to(device), torch.from_numpy(train_set.labels).to(device)
+    denoiser, seen = train(recipe, settings, dataset, share_done)
+    line = {"seen": seen, "images/s": round(seen / (time.monotonic() - began), 1)}
+    line["parameters"] = sum(parameter.numel() for parameter in denoiser.parameters())
+    line["megabytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # of the process, at most
+    labels = torch.from_numpy(test_set.labels)
+    line["loss"] = round(measure_loss(denoiser, sigma_data, unseen[:2000], labels[:2000]), 4)
+    panel, wanted = Panel(test_set, device), torch.arange(options.n) % len(train_set.classes)
+    ways = {"guided": (lesson4.GUIDANCE,), "unguided": (0,)} if recipe.drop_labels else {"unguided": (0,)}
+    if options.sweep:
+        ways |= {f"guidance {w:g}": (w,) for w in SWEEP}
+    if recipe == Recipe():
+        ways["guided at all levels"] = (lesson4.GUIDANCE, math.inf)
+    for way, guidance in ways.items():
+        verdicts = panel.measure(sample(recipe, settings, denoiser, options.n, *guidance), wanted)
+        line[way] = {name: [round(v.distances[0], 3), round(v.accuracy, 4)] for name, v in verdicts.items()}
+    return line
 
 
-# %% What came out
-def collect(options):
-    """Do what was asked for and isn't there yet, each in a process of its own. Yields name, figures and images of all
-    that is there."""
-    for rung, name in enumerate(RECIPES):
-        for seed in options.seeds if rung in options.rungs else ():
-            path = options.out / f"{rung:02}_seed_{seed}.npy"
-            if not path.exists():
-                print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
-                subprocess.run([sys.executable, *sys.argv, "--only", str(rung), str(seed)], check=True)
-        for path in sorted(options.out.glob(f"{rung:02}_seed_*.npy")):
-            yield name, json.loads(path.with_suffix(".json").read_text()), torch.from_numpy(np.load(path))
+# %% Results
+def read_results():
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
-def say(values, form):
-    """Their median, and if there are several, from what to what they go."""
-    median, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
-    return median + f" ({low} to {high})" * (len(values) > 1)
+def kind(line):
+    """Only lines of one kind compare."""
+    return tuple(line[key] for key in ("images", "minutes", "n", "processor", "precision", "threads"))
 
 
-def print_rows(rows):
-    """A table in Markdown; rows: the figures of all seeds, and the judges' verdicts, by rung."""
-    judges = "".join(f" Fréchet distance, judge `{name}` | right class |" for name in ARCHITECTURES)
-    print(f"| | images seen | images/s | samples/s |{judges}\n|---|---|---|---|" + "---|---|" * len(ARCHITECTURES))
-    for name, row in rows.items():
-        seen, rate, drawn, verdicts = zip(*row, strict=True)
-        cells = [say(seen, "{:,.0f}"), say(rate, "{:.0f}"), say(drawn, "{:.1f}")]
-        for judge in ARCHITECTURES:
-            cells += [say([verdict[judge].distances[0] for verdict in verdicts], "{:.3g}")]
-            cells += [say([verdict[judge].right for verdict in verdicts], "{:.1%}")]
-        print(f"| {name} | {' | '.join(cells)} |")
+def print_table(lines, ways=("guided", "unguided")):
+    """Lines of one kind as a table in Markdown. Distances are by `residual`, and as a multiple of those of today's
+    recipe with the same seeds; in brackets are the smallest and the largest."""
+    said = " | ".join(f"{way}: distance | × today's | accuracy" for way in ways)
+    print(f"| | seeds | loss | {said} | images/s | parameters |")
+    print("|---|---|---|" + "---|---|---|" * len(ways) + "---|---|")
+    today = {line["seed"]: line for line in lines if line["row"] == "today's recipe"}
+    for name in RECIPES:
+        rows = [line for line in lines if line["row"] == name]
+        if not rows:
+            continue
+        cells = [name, ", ".join(str(line["seed"]) for line in rows), spread([line["loss"] for line in rows], "{:.4f}")]
+        for way in ways:
+            there = [line for line in rows if way in line]
+            pairs = [(line, today[line["seed"]]) for line in there if line["seed"] in today]
+            ratios = [one[way]["residual"][0] / other[way]["residual"][0] for one, other in pairs]
+            cells += [spread([line[way]["residual"][0] for line in there], "{:.3g}"), spread(ratios, "{:.2f}")]
+            cells += [spread([100 * line[way]["residual"][1] for line in there], "{:.1f} %")]
+        cells += [spread([line["images/s"] for line in rows], "{:.0f}"), f"{rows[0]['parameters']:,}"]
+        print(f"| {' | '.join(cells)} |")
 
 
-def plot(title, rows, shown):
-    """A row of samples for each rung, with the images a second of its training, and its median distances beside it."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.42 * len(rows) + 1), width_ratios=(5, 4))
-    rates = [statistics.median(rate for _, rate, *_ in row) for row in rows.values()]
-    names = [f"{name}: {rate:.0f}/s" for name, rate in zip(rows, rates, strict=True)]
-    tools.plot_images(left, torch.cat(list(shown.values())), 10, names)
-    left.set_aspect("auto")  # each row is as high as a step on the right
-    for judge, color in zip(reversed(ARCHITECTURES), ("0.6", "black"), strict=True):
-        values = [statistics.median(verdict[judge].distances[0] for *_, verdict in row) for row in rows.values()]
-        right.plot(values, range(len(values)), "o-", color=color, label=f"judge {judge!r}")
-    for y, value in enumerate(values):
-        right.annotate(f"{value:.2g}", (value, y), xytext=(8, -3), textcoords="offset points", fontsize=8)
-    right.margins(x=0.1)
-    right.set(xscale="log", xlabel="Fréchet distance to the test images", yticks=[], ylim=(len(rows) - 0.5, -0.5))
-    right.legend()
-    figure.suptitle(f"{title} (at the left: training images a second)")
-    return figure
+def spread(values, form):
+    """Their mean and, if there are several, the smallest and the largest."""
+    if not values:
+        return "–"
+    mean, low, high = (form.format(value) for value in (statistics.mean(values), min(values), max(values)))
+    return mean + f" ({low} to {high})" * (len(values) > 1)
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add, number = parser.add_argument, tools.number
+    add("row", nargs="?", metavar="ROW", help="measure it; without one, print the tables: " + "; ".join(RECIPES))
+    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="(%(default)s)")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--minutes", metavar="M", type=number(float, 1e-3, 1e5), default=5, help="(%(default)s)")
-    budget.add_argument("--images", metavar="N", type=number(int, 1, 10**9), help="instead of minutes")
-    add("--n", metavar="N", type=number(int, 20, 60_000), default=1000, help="samples (%(default)s)")
-    add("--seeds", metavar="S", nargs="+", type=number(int, 0, 2**63), default=[0], help="(0)")
-    last = len(RECIPES) - 1
-    add("--rungs", metavar="R", nargs="+", type=number(int, 0, last), default=range(last + 1), help="(all)")
+    budget.add_argument("--images", metavar="N", type=number(int, 1, 10**9), default=60_000, help="(%(default)s)")
+    budget.add_argument("--minutes", metavar="M", type=number(float, 1e-3, 1e5), help="instead of images")
+    add("--n", metavar="N", type=number(int, 20, 60_000), default=4000, help="samples (%(default)s)")
+    add("--sweep", action="store_true", help="also with guidance " + ", ".join(f"{w:g}" for w in SWEEP))
     add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
-    add("--out", metavar="DIR", type=tools.writable_folder, default=str(tools.RUNS / "recipe"), help="(%(default)s)")
-    add("--only", nargs=2, type=int, help=argparse.SUPPRESS)  # rung and seed: this process is one of those it starts
     return parser
 
 
 def main():
     options = make_parser().parse_args()
-    budget = f"{options.images:,} images" if options.images else f"{options.minutes:g} minutes"
-    options.out = tools.writable_folder(options.out / f"{budget}, {options.n}".replace(" ", "_").replace(",", ""))
-    if options.only:
-        rung, seed = options.only
-        measure_rung(list(RECIPES.values())[rung], seed, options, options.out / f"{rung:02}_seed_{seed}.npy")
+    options.images = None if options.minutes else options.images
+    results = read_results()
+    if options.row is None:
+        for each in sorted({kind(line) for line in results}, key=str):
+            print(f"\n{each}")
+            print_table([line for line in results if kind(line) == each])
         return
-    results = list(collect(options))
-    train_set, test_set = (tools.load_data("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
-    panel = Panel(train_set, test_set, tools.choose_device(options.device))
-    asked, rows, shown = torch.arange(options.n) % 10, {}, {}
-    for name, figures, images in results:
-        rates = figures["seen"], figures["seen"] / figures["seconds"], options.n / figures["sampling"]
-        rows.setdefault(name, []).append((*rates, panel.judge(images, asked)))
-        shown.setdefault(name, images[:10])
-    title = f"From the lecture's settings to ours: {budget} of training each, {options.n:,} samples"
-    print(f"\n{title}")
-    print_rows(rows)
-    for name, verdict in Baselines(train_set, options.n).judge(panel):
-        said = ", ".join(f"{verdict[judge].distances[0]:.3g} before {judge!r}" for judge in ARCHITECTURES)
-        print(f"{name}: {said}")
-    tools.save_picture(plot(title, rows, shown), options.out / "recipe.png")
+    if options.row not in RECIPES:
+        raise tools.UserError(f"{options.row!r}: must be one of {', '.join(RECIPES)}")
+    machine = describe_machine(tools.choose_device(options.device), RECIPES[options.row])
+    asked = {"row": options.row, "seed": options.seed, "images": options.images, "minutes": options.minutes}
+    asked |= {"n": options.n} | machine
+    if any((line["row"], line["seed"], kind(line)) == (options.row, options.seed, kind(asked)) for line in results):
+        print(f"{options.row}, seed {options.seed}: in {RESULTS.name} already")
+        return
+    line = asked | measure_row(options)
+    with RESULTS.open("a") as file:
+        print(json.dumps(line), file=file)
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The ladder from the lecture's settings to ours: its rungs, the lecture's denoiser, the command on tiny nets."""
+"""The rows of the recipe: today's, the lecture's denoiser and its road, a row on tiny networks, the table."""
 
 import json
 import math
@@ -7,14 +7,14 @@ import measure_recipe
 import numpy as np
 import pytest
 import torch
-from measure_quality import Verdict
+from measure_quality import Quality
 from torch import nn
 
 import data
 import lesson_tools as tools
 
-CPU, CLASSES = torch.device("cpu"), data.fashion_mnist.CLASSES
-RECIPES = list(measure_recipe.RECIPES.values())
+CPU, CLASSES, RECIPES = torch.device("cpu"), data.fashion_mnist.CLASSES, measure_recipe.RECIPES
+LECTURE = RECIPES["road: the lecture's settings"]
 
 
 @pytest.fixture
@@ -29,36 +29,46 @@ def tiny(lesson3, monkeypatch):
     return lesson3.RunSettings("CondUNet", "small", 1, 64, 0, "Fashion-MNIST", 40, CLASSES, (28, 28), 0.7)
 
 
-def test_the_rungs_lead_from_the_lecture_to_lesson_4(lesson3, lesson4, tiny):
-    assert len(set(RECIPES)) == len(measure_recipe.CHANGES)
-    top = RECIPES[-1]
-    small = lesson3.PRESETS["small"]
-    assert (top.batch_size, top.muon) == (small.batch_size, small.max_lr)
+def test_todays_recipe_is_the_scripts_own_and_the_road_leads_to_it(lesson3, lesson4, tiny):
+    today, small = RECIPES["today's recipe"], lesson3.PRESETS["small"]
+    assert (today.batch_size, today.max_lr) == (small.batch_size, small.max_lr)
+    assert today.levels == (lesson3.P_MEAN, lesson3.P_STD) and today == RECIPES["road: dropped labels, for guidance"]
     torch.manual_seed(tiny.seed)
     ours = lesson3.make_denoiser(lesson4.make_network(small, len(CLASSES)), tiny, CPU)
-    same = measure_recipe.make_denoiser(top, tiny, CPU)
+    same = measure_recipe.make_denoiser(today, tiny, CPU)
     assert type(same) is lesson3.Denoiser
     torch.testing.assert_close(same.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    others = [recipe for name, recipe in RECIPES.items() if name != "today's recipe"][:-1]
+    assert len({today, *others}) == len(RECIPES) - 2  # the road's last but one is today's without dropped labels
 
 
-def test_the_lecture_has_batch_norm_behind_scale_and_shift_and_no_silent_start(lesson4, tiny):
-    network = measure_recipe.make_denoiser(RECIPES[0], tiny, CPU).network
+def test_the_lecture_has_batch_norm_behind_scale_and_shift_and_no_zero_start(lesson4, tiny):
+    network = measure_recipe.make_denoiser(LECTURE, tiny, CPU).network
     kinds = {type(module) for module in network.modules()}
     assert nn.BatchNorm2d in kinds
     assert not kinds & {nn.GroupNorm, lesson4.AttentionResBlock, lesson4.lesson2.AttentionBlock}
     assert all(module.weight.any() for module in network.modules() if isinstance(module, nn.Conv2d))
-    x, time, label = torch.randn(4, 1, 28, 28), torch.rand(4), torch.arange(4)
-    assert network(x, time, label).std() > 0.01
     block, embedding = network.down[0][0], torch.randn(4, 32)
     h = block.conv2.scale_shift(block.conv1(torch.ones(4, 8, 7, 7)), embedding)
     expected = block.shortcut(torch.ones(4, 8, 7, 7)) + block.conv2.conv(nn.functional.silu(block.conv2.norm(h)))
     torch.testing.assert_close(block(torch.ones(4, 8, 7, 7), embedding), expected)
 
 
+def test_what_is_left_out_has_no_influence(tiny, redraw):
+    x, label = torch.randn(3, 1, 28, 28), torch.arange(3)
+    for name, same in (("no time", True), ("today's recipe", False)):
+        network = redraw(measure_recipe.make_denoiser(RECIPES[name], tiny, CPU)).network
+        x4 = torch.pixel_unshuffle(x, 2)
+        one, other = (network(x4, torch.full((3,), time), label) for time in (0.0, 300.0))
+        assert torch.equal(one, other) == same
+    kinds = {type(m).__name__ for m in measure_recipe.make_denoiser(RECIPES["no attention"], tiny, CPU).modules()}
+    assert "AttentionBlock" not in kinds and "AttentionResBlock" in kinds
+
+
 def test_the_lecture_predicts_noise_from_a_mix_of_unit_weights(lesson3):
     """In images of ±0.5, of which cos(π t / 2) is left, with sin(π t / 2) of noise."""
     seen = []
-    denoiser = measure_recipe.LectureDenoiser(lambda x, time, label: seen.append((x, time)) or 0.3 * x, 0.7)
+    denoiser = measure_recipe.NoiseDenoiser(lambda x, time, label: seen.append((x, time)) or 0.3 * x, 0.7)
     t = torch.tensor([0.001, 0.2, 0.5, 0.9, 0.999])
     sigma, x0, noise = measure_recipe.sigma_of(t), torch.rand(5, 1, 8, 8) * 2 - 1, torch.randn(5, 1, 8, 8)
     loss = lesson3.denoising_loss(denoiser, x0, sigma, noise)
@@ -79,43 +89,74 @@ def test_one_cycle_is_that_of_pytorch():
             theirs.step()
 
 
-@pytest.mark.parametrize("rung", [0, 2, 4, len(RECIPES) - 1])
-def test_a_rung_is_trained_until_its_budget_is_spent(lesson3, tiny, rung):
-    recipe, ours = RECIPES[rung]._replace(batch_size=8), (lesson3.P_MEAN, lesson3.P_STD)
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_row_is_trained_until_its_budget_is_spent(lesson3, tiny, name):
+    recipe = RECIPES[name]._replace(batch_size=8)
     images, labels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 10
-    denoiser, seen = measure_recipe.train(recipe, tiny, (images, labels), lambda seen: seen / 30)
-    assert seen == 32
-    assert (ours if recipe.between else (-1.2, 1.2)) == (lesson3.P_MEAN, lesson3.P_STD)
-    assert not denoiser.training
+    denoiser, seen = measure_recipe.train(recipe, tiny, (images, labels), lambda seen: seen / 15)
+    assert seen == 16 and not denoiser.training
     new = measure_recipe.make_denoiser(recipe, tiny, CPU)
-    assert not torch.equal(denoiser.network.conv_in.weight, new.network.conv_in.weight)
-    samples = measure_recipe.sample(recipe, tiny, denoiser, 12)
-    assert samples.shape == (12, 1, 28, 28)
-    assert samples.isfinite().all()
+    assert any(not torch.equal(*pair) for pair in zip(denoiser.parameters(), new.parameters(), strict=True))
+    samples = measure_recipe.sample(recipe._replace(ddim=False), tiny, denoiser, 12, 1.4)
+    assert samples.shape == (12, 1, 28, 28) and samples.isfinite().all()
 
 
-def test_what_is_there_is_not_done_again_and_all_is_shown(monkeypatch, tmp_path, capsys):
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (40, 28, 28), np.uint8)
+def test_the_loss_is_that_of_the_training(lesson3, tiny, redraw):
+    denoiser = redraw(measure_recipe.make_denoiser(RECIPES["today's recipe"], tiny, CPU))
+    images, labels = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8), torch.arange(300) % 10
+    losses = [measure_recipe.measure_loss(denoiser, 0.7, images, labels) for _ in range(2)]
+    assert losses[0] == losses[1]
+    generator = torch.Generator().manual_seed(0)
+    sigma = (lesson3.P_MEAN + lesson3.P_STD * torch.randn(300, generator=generator)).exp()
+    noise = torch.randn(images.shape, generator=generator)
+    with torch.no_grad():
+        expected = lesson3.denoising_loss(denoiser, images / 127.5 - 1, sigma, noise, labels).mean()
+    assert losses[0] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_averaged_weights_get_batch_statistics_of_their_own(tiny):
+    recipe = RECIPES["batch norm"]._replace(batch_size=8)
+    denoiser = measure_recipe.make_denoiser(recipe, tiny, CPU)
+    images, labels = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8), torch.arange(40) % 10
+    seen = []
+    denoiser.network.conv_out.norm.register_forward_pre_hook(lambda norm, inputs: seen.append(inputs[0]))
+    measure_recipe.measure_batch_norm(denoiser, measure_recipe.draw_batches(recipe, tiny, (images, labels)), 5)
+    means = torch.stack([x.mean(dim=(0, 2, 3)) for x in seen]).mean(dim=0)
+    assert len(seen) == 5
+    torch.testing.assert_close(denoiser.network.conv_out.norm.running_mean, means)
+
+
+def test_every_result_is_of_a_row_that_is_there():
+    for line in measure_recipe.read_results():
+        assert line["row"] in RECIPES and line["loss"] > 0 and "dirty" not in line["commit"]
+        assert all(0 <= accuracy <= 1 < 1000 > distance for distance, accuracy in line["unguided"].values())
+
+
+def test_a_row_is_a_line_and_is_not_measured_twice(tiny, monkeypatch, tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
     little = data.Dataset(lambda: images, np.arange(40) // 4, CLASSES, "Fashion-MNIST")
-    verdicts = {name: Verdict([2.0, 1, 1], 0.9) for name in ("residual", "plain")}
+    qualities = {name: Quality([2.0, 1, 1], 0.9) for name in ("residual", "plain")}
     monkeypatch.setattr(tools, "load_data", lambda name, split, folder: little)
-    monkeypatch.setattr(measure_recipe, "Panel", lambda *_: type("P", (), {"judge": lambda *_: verdicts}))
-    made = []
-
-    def make(command, check):
-        rung, seed = map(int, command[-2:])
-        made.append((rung, seed))
-        path = tmp_path / "5_minutes_20" / f"{rung:02}_seed_{seed}.npy"
-        np.save(path, generator.uniform(-1, 1, (20, 1, 28, 28)).astype(np.float32))
-        path.with_suffix(".json").write_text(json.dumps({"seen": 3000 * (seed + 1), "seconds": 30.0, "sampling": 4.0}))
-
-    monkeypatch.setattr(measure_recipe.subprocess, "run", make)
-    for asked in (["--rungs", "0", "12", "--seeds", "0", "1"], ["--rungs", "12"]):
-        monkeypatch.setattr("sys.argv", ["measure", *asked, "--n", "20", "--out", str(tmp_path)])
+    monkeypatch.setattr(measure_recipe, "Panel", lambda *_: type("P", (), {"measure": lambda *_: qualities}))
+    monkeypatch.setattr(measure_recipe, "RESULTS", tmp_path / "results.jsonl")
+    common = ["--images", "64", "--n", "20", "--device", "cpu"]
+    for asked in (["today's recipe"], ["no time", "--sweep"], ["labels never dropped"], ["no time"]):
+        monkeypatch.setattr("sys.argv", ["measure", *asked, *common])
         measure_recipe.main()
-        assert made == [(0, 0), (0, 1), (12, 0), (12, 1)]
-        lines = capsys.readouterr().out.splitlines()
-        (first,) = [line for line in lines if line.startswith("| the lecture's settings |")]
-        assert "| 4,500 (3,000 to 6,000) | 150 (100 to 200) | 5.0 (5.0 to 5.0) | 2 (2 to 2) | 90.0%" in first
-    assert (tmp_path / "5_minutes_20" / "recipe.png").stat().st_size > 10_000
+    assert "no time, seed 0: in results.jsonl already" in capsys.readouterr().out
+    lines = measure_recipe.read_results()
+    assert [line["row"] for line in lines] == ["today's recipe", "no time", "labels never dropped"]
+    today, no_time, undropped = lines
+    assert today["seen"] == 64 and today["guided at all levels"]["plain"] == [2.0, 0.9] and "guided" not in undropped
+    assert {"guidance 0.8", "guidance 1.6"} <= no_time.keys() and no_time["precision"] == "float32"
+    no_time["guided"]["residual"], no_time["seed"] = [3.0, 0.8], 0
+    again = dict(no_time, seed=1) | {"loss": 2.0}
+    (tmp_path / "results.jsonl").write_text("\n".join(json.dumps(line) for line in (today, no_time, again)))
+    monkeypatch.setattr("sys.argv", ["measure"])
+    measure_recipe.main()
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| no time |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1] == "0, 1" and cells[3:6] == ["3 (3 to 3)", "1.50", "80.0 % (80.0 % to 80.0 %)"]
+    monkeypatch.setattr("sys.argv", ["measure", "no such row"])
+    with pytest.raises(tools.UserError, match="must be one of today's recipe, "):
+        measure_recipe.main()
