@@ -95,12 +95,14 @@ def train(classifier, images, labels, epochs=10, batch_size=128, rate=2e-3):
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    classifier.train()
+    precision = tools.choose_precision(images.device)
+    classifier.train().to(memory_format=torch.channels_last)
     for _ in trange(epochs, unit="epoch"):
         order = torch.randperm(len(images), generator=generator)
         for chosen in order[: len(order) // batch_size * batch_size].view(-1, batch_size):
             x = augment(to_range(images[chosen]), generator)
-            loss = F.cross_entropy(classifier(x), labels[chosen], label_smoothing=0.05)
+            with torch.autocast(x.device.type, precision, enabled=precision is not None):
+                loss = F.cross_entropy(classifier(x), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
