@@ -227,7 +227,7 @@ def write_symbols(folder, height, width):
     return folder
 
 
-NAMES = ["Cheap $5 to $10", "$5_^$", "\\frac", "100 %", "_a_", "{0}", "été", "<b>&", "名前", "two\nlines"]
+NAMES = ["Cheap $5 to $10", "$5_^$", "\\frac", "100 %", "_a_", "{0}", "été", "<b>&", "名前", "two\nlines", 30 * "long "]
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
@@ -257,6 +257,20 @@ def test_a_finished_run_reads_no_pictures_to_sample_again(lesson4, nothing_loade
     write_pictures(folder, 1, 1)
     tools.load_data.cache_clear()
     assert "counts (2, 3) there, (3, 2) here" in run(lesson4, *options, status=2)[1]
+
+
+def test_a_finished_run_refuses_other_data_of_the_same_name(lesson4, nothing_loaded, run, tmp_path):
+    """As torchvision's MNIST/raw and KMNIST/raw have it."""
+    options = [*TINY[2:], "--epochs", "1", "--out", tmp_path / "out"]
+    for set_name, height in (("MNIST", 18), ("KMNIST", 20)):
+        (tmp_path / set_name).mkdir()
+        write_symbols(tmp_path / set_name / "raw", height, 30)
+    run(lesson4, *options, "--data-dir", tmp_path / "MNIST" / "raw")
+    assert "finished" in run(lesson4, *options, "--data-dir", tmp_path / "MNIST" / "raw")[0]
+    assert (
+        "size (18, 30) there, (20, 30) here"
+        in run(lesson4, *options, "--data-dir", tmp_path / "KMNIST" / "raw", status=2)[1]
+    )
 
 
 def test_many_samples_are_kept_and_some_are_drawn(lesson3, tmp_path, monkeypatch):
@@ -527,6 +541,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
     [
         (["--epochs", "0"], "must be a number from 1e-09"),
         (["--epochs", "nan"], "must be a number from"),
+        (["--epochs", "1e7"], "must be a number from 1e-09 to 1e+06"),
         (["--batch-size", "0"], "must be a whole number from 1 to"),
         (["--steps", "0"], "must be a whole number from 1"),
         (["--seed", "-1"], "must be a whole number from 0"),
