@@ -291,8 +291,8 @@ def choose_precision(device):
 
 
 def join_processes(device, found):
-    """Join the other processes, if there are any. found: what all of them must agree on. Raises
-    UserError if they don't, or if there are too few GPUs."""
+    """Join the other processes, if there are any. found: what all of them must agree on. Raises UserError if they
+    don't, or if there are too few GPUs."""
     if PROCESSES == 1:
         return
     if device.type == "cuda":

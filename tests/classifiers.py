@@ -2,7 +2,7 @@
 
 The distance between two sets of images is the Fréchet distance, as in FID, but between the features of these networks
 (Heusel et al. 2017 take those of Inception, which was trained on photographs). It depends on the network; as everybody
-has the same two, everybody's distances compare. `python tests/classifiers.py` trains them, in about ten minutes.
+has the same two, everybody's distances compare. `python tests/classifiers.py` trains them, in 18 minutes on two cores.
 """
 
 import argparse

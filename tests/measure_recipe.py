@@ -56,7 +56,7 @@ class Recipe(NamedTuple):
     fast: bool = True  # bfloat16 if the device is fast with it, channels last
     noise_prediction: bool = False  # on the lecture's cosine schedule, without EDM's preconditioning and weights
     levels: tuple[float, float] = (lesson3.P_MEAN, lesson3.P_STD)  # mean and deviation of ln(sigma) in training
-    batch_norm: bool = False  # in the place of group norm
+    batch_norm: bool = False  # instead of group norm
     shift_first: bool = False  # scale and shift in front of the second norm
     zero_start: bool = True  # the last weights of each branch
     averaged: bool = True  # it is the average of the weights that samples
@@ -75,7 +75,7 @@ ROAD = {  # each with all the changes above it
     "road: a small network, on patches": {"preset": "small"},
     "road: bfloat16, channels last": {"fast": True},
     "road: EDM, 14 steps of DPM-Solver++": {"noise_prediction": False, "ddim": False},
-    "road: noise levels nearer the middle": {"levels": (-1.0, 1.0)},
+    "road: noise levels closer to the middle": {"levels": (-1.0, 1.0)},
     "road: group norm, scale and shift after it": {"batch_norm": False, "shift_first": False, "zero_start": True},
     "road: Muon and an average, batches of 32": {
         "optimizer": "muon",
@@ -305,8 +305,10 @@ def measure_row(options):
     if recipe == Recipe():
         ways["guided at all levels"] = (lesson4.GUIDANCE, math.inf)
     for way, guidance in ways.items():
-        verdicts = panel.measure(sample(recipe, settings, denoiser, options.n, *guidance), wanted)
-        line[way] = {name: [round(v.distances[0], 3), round(v.accuracy, 4)] for name, v in verdicts.items()}
+        qualities = panel.measure(sample(recipe, settings, denoiser, options.n, *guidance), wanted)
+        line[way] = {
+            name: [round(found.distances[0], 3), round(found.accuracy, 4)] for name, found in qualities.items()
+        }
     return line
 
 
@@ -320,9 +322,10 @@ def kind(line):
     return tuple(line[key] for key in ("images", "minutes", "n", "processor", "precision", "threads"))
 
 
-def print_table(lines, ways=("guided", "unguided")):
+def print_table(lines):
     """Lines of one kind as a table in Markdown. Distances are by `residual`, and as a multiple of those of today's
     recipe with the same seeds; in brackets are the smallest and the largest."""
+    ways = "guided", "unguided"
     said = " | ".join(f"{way}: distance | × today's | accuracy" for way in ways)
     print(f"| | seeds | loss | {said} | images/s | parameters |")
     print("|---|---|---|" + "---|---|---|" * len(ways) + "---|---|")

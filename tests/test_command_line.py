@@ -248,14 +248,11 @@ def test_a_finished_run_reads_no_pictures_to_sample_again(lesson4, nothing_loade
     options = [*TINY[2:], "--epochs", "4", "--data-dir", folder, "--out", tmp_path]
     run(lesson4, *options)
     (folder / "class 0" / "00.png").write_bytes(b"no picture")
-    tools.load_data.cache_clear()
     assert "finished in an earlier run" in run(lesson4, *options)[0]
     (folder / "class 0" / "00.png").unlink()  # names and counts are compared
-    tools.load_data.cache_clear()
     assert "images 5 there, 4 here" in run(lesson4, *options, status=2)[1]
     (folder / "class 1" / "02.png").rename(folder / "class 0" / "03.png")
     write_pictures(folder, 1, 1)
-    tools.load_data.cache_clear()
     assert "counts (2, 3) there, (3, 2) here" in run(lesson4, *options, status=2)[1]
 
 
