@@ -25,12 +25,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import variants
 from measure_quality import Panel
 from torch import nn
 
@@ -56,19 +57,16 @@ class Recipe(NamedTuple):
     fast: bool = True  # bfloat16 if the device is fast with it, channels last
     noise_prediction: bool = False  # on the lecture's cosine schedule, without EDM's preconditioning and weights
     levels: tuple[float, float] = (lesson3.P_MEAN, lesson3.P_STD)  # mean and deviation of ln(sigma) in training
-    batch_norm: bool = False  # instead of group norm
-    shift_first: bool = False  # scale and shift in front of the second norm
-    zero_start: bool = True  # the last weights of each branch
     averaged: bool = True  # it is the average of the weights that samples
-    attention: bool = True
-    time: bool = True
     drop_labels: bool = True  # one in ten in training
     ddim: bool = False  # the lecture's 100 steps
+    attention_levels: tuple[int, ...] | None = None  # other ones than the preset's, with heads of 16 channels
+    changes: tuple[Callable, ...] = ()  # of the network, from `variants`
 
 
 LECTURE = {"preset": "lecture", "batch_size": 512, "optimizer": "one cycle", "max_lr": 0.01, "fast": False}
-LECTURE |= {"noise_prediction": True, "levels": (-1.2, 1.2), "batch_norm": True, "shift_first": True}
-LECTURE |= {"zero_start": False, "averaged": False, "attention": False, "drop_labels": False, "ddim": True}
+LECTURE |= {"noise_prediction": True, "levels": (-1.2, 1.2), "averaged": False, "drop_labels": False, "ddim": True}
+LECTURE["changes"] = variants.no_zero_start, variants.batch_norm, variants.shift_first, variants.no_attention
 ROAD = {  # each with all the changes above it
     "road: the lecture's settings": LECTURE,
     "road: batches of 128": {"batch_size": 128, "max_lr": 0.005},
@@ -76,14 +74,14 @@ ROAD = {  # each with all the changes above it
     "road: bfloat16, channels last": {"fast": True},
     "road: EDM, 14 steps of DPM-Solver++": {"noise_prediction": False, "ddim": False},
     "road: noise levels closer to the middle": {"levels": (-1.0, 1.0)},
-    "road: group norm, scale and shift after it": {"batch_norm": False, "shift_first": False, "zero_start": True},
+    "road: group norm, scale and shift after it": {"changes": (variants.no_attention,)},
     "road: Muon and an average, batches of 32": {
         "optimizer": "muon",
         "max_lr": 7e-4,
         "averaged": True,
         "batch_size": 32,
     },
-    "road: attention": {"attention": True},
+    "road: attention": {"changes": ()},
     "road: dropped labels, for guidance": {"drop_labels": True},
 }
 CHANGES = {
@@ -94,43 +92,40 @@ CHANGES = {
     "labels never dropped": {"drop_labels": False},
     "noise prediction, cosine schedule": {"noise_prediction": True},
     "EDM's noise levels": {"levels": (-1.2, 1.2)},
-    "batch norm": {"batch_norm": True},
-    "scale and shift in front of the norm": {"shift_first": True},
+    "batch norm": {"changes": (variants.batch_norm,)},
+    "scale and shift in front of the norm": {"changes": (variants.shift_first,)},
     "the last weights, no average": {"averaged": False},
-    "no attention": {"attention": False},
-    "no time": {"time": False},
+    "no attention": {"changes": (variants.no_attention,)},
+    "no time": {"changes": (variants.sines(scale=torch.zeros_like),)},
     "batches of 64, 0.001": {"batch_size": 64, "max_lr": 1e-3},
     "batches of 128, 0.0014": {"batch_size": 128, "max_lr": 1.4e-3},
     "the lecture's network": {"preset": "lecture"},
     "float32": {"fast": False},
 }
+QUESTIONS = {  # that the lecture leaves open
+    **{f"max_period {period}": {"changes": (variants.sines(period),)} for period in (10, 100, 1000)},
+    "times from 0 to 1": {"changes": (variants.sines(scale=variants.to_unit),)},
+    "a learned table of times": {"changes": (variants.learned_table,)},
+    "ln(sigma) alone": {"changes": (variants.ln_sigma_alone,)},
+    "skips added": {"changes": (variants.skips_added,)},
+    "skips cut": {"changes": (variants.skips_cut,)},
+    "down: average pooling, convolution": {"changes": (variants.pool_down,)},
+    "down: every second pixel": {"changes": (variants.every_second_pixel,)},
+    "up: transposed convolution": {"changes": (variants.transposed_up,)},
+    "heads of 16: attention nowhere": {"attention_levels": (), "changes": (variants.no_attention,)},
+    "heads of 16: in the middle": {"attention_levels": ()},
+    "heads of 16: and on the lower level": {"attention_levels": (1,)},
+    "heads of 16: and on both levels": {"attention_levels": (0, 1)},
+    "axial attention": {"changes": (variants.axial,)},
+    "learned positions": {"changes": (variants.learned_positions,)},
+}
+CHANGES |= QUESTIONS
 RECIPES = {name: Recipe()._replace(**changes) for name, changes in CHANGES.items()}
 built = accumulate(ROAD.values(), lambda before, change: before | change)
 RECIPES |= {name: Recipe()._replace(**changes) for name, changes in zip(ROAD, built, strict=True)}
 
 
 # %% What they are made of
-class ShiftFirstBlock(lesson4.AttentionResBlock):
-    """Scale and shift in front of the second norm."""
-
-    def forward(self, x, embedding):
-        second = self.conv2
-        h = second.scale_shift(self.conv1(x), embedding)
-        return self.attention(self.shortcut(x) + second.conv(F.silu(second.norm(h))))
-
-
-class SavedShiftFirstBlock(lesson3.Saved, ShiftFirstBlock):
-    pass
-
-
-class ShiftFirstUNet(lesson4.CondUNet):
-    """Lesson 4's network out of such blocks."""
-
-    def make_block(self, in_channels, out_channels, saved=False):
-        kind = SavedShiftFirstBlock if saved else ShiftFirstBlock
-        return kind(in_channels, out_channels, self.groups, 4 * self.widths[0])
-
-
 class NoiseDenoiser(lesson3.Denoiser):
     """It predicts the noise: x0_hat = x - sigma · noise_hat. Images in [-1, 1] are halved on the way in; the share of
     the noise is then sin(π t / 2), of the image cos(π t / 2), with t from 0 to 1."""
@@ -147,27 +142,15 @@ def sigma_of(t):
     return 2 * torch.tan(math.pi / 2 * t)
 
 
-class TimelessUNet(lesson4.CondUNet):
-    """It always gets the same time."""
-
-    def embed(self, time, label):
-        return super().embed(torch.zeros_like(time), label)
-
-
 def make_denoiser(recipe, settings, device):
     """A new denoiser of that recipe, with weights that the seed in the `RunSettings` decides."""
     torch.manual_seed(settings.seed)
     preset = lesson3.PRESETS[recipe.preset]
-    network_class = ShiftFirstUNet if recipe.shift_first else lesson4.CondUNet if recipe.time else TimelessUNet
-    network = lesson4.make_network(preset, len(settings.classes), network_class)
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if recipe.batch_norm and isinstance(child, nn.GroupNorm):
-                setattr(module, name, nn.BatchNorm2d(child.num_channels))
-            elif not recipe.zero_start and hasattr(child, "reset_parameters"):
-                child.reset_parameters()
-            elif not recipe.attention and name == "attention":
-                setattr(module, name, nn.Identity())
+    if recipe.attention_levels is not None:
+        preset = preset._replace(attention_levels=recipe.attention_levels, head_dim=16)
+    network = lesson4.make_network(preset, len(settings.classes))
+    for change in recipe.changes:
+        change(network)
     kind = NoiseDenoiser if recipe.noise_prediction else lesson3.Denoiser
     precision = tools.choose_precision(device) if recipe.fast else None
     denoiser = kind(network, settings.sigma_data, preset.patch, precision)
@@ -213,7 +196,7 @@ def train(recipe, settings, dataset, share_done):
         seen += recipe.batch_size
         if share_done(seen) >= 1:
             break
-    if recipe.batch_norm and recipe.averaged:
+    if recipe.averaged:
         measure_batch_norm(ema, draw_batches(recipe, settings, dataset))
     return (ema if recipe.averaged else denoiser).eval().requires_grad_(False), seen
 
@@ -222,6 +205,8 @@ def train(recipe, settings, dataset, share_done):
 def measure_batch_norm(denoiser, batches, n=100):
     """Averaged weights need means and variances of their own: those of n batches of the training."""
     norms = [module for module in denoiser.modules() if isinstance(module, nn.BatchNorm2d)]
+    if not norms:
+        return
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean of all batches

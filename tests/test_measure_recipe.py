@@ -20,7 +20,7 @@ LECTURE = RECIPES["road: the lecture's settings"]
 @pytest.fixture
 def tiny(lesson3, monkeypatch):
     """Both presets small, and float32; settings of a run with the second."""
-    small = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
+    small = lesson3.PRESETS["small"]._replace(widths=(16, 32), groups=4, head_dim=8)
     monkeypatch.setitem(lesson3.PRESETS, "small", small)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", small._replace(patch=1))
     monkeypatch.setattr(tools, "choose_precision", lambda device: None)
@@ -46,12 +46,13 @@ def test_the_lecture_has_batch_norm_behind_scale_and_shift_and_no_zero_start(les
     network = measure_recipe.make_denoiser(LECTURE, tiny, CPU).network
     kinds = {type(module) for module in network.modules()}
     assert nn.BatchNorm2d in kinds
-    assert not kinds & {nn.GroupNorm, lesson4.AttentionResBlock, lesson4.lesson2.AttentionBlock}
+    assert not kinds & {nn.GroupNorm, lesson4.lesson2.AttentionBlock}
     assert all(module.weight.any() for module in network.modules() if isinstance(module, nn.Conv2d))
-    block, embedding = network.down[0][0], torch.randn(4, 32)
-    h = block.conv2.scale_shift(block.conv1(torch.ones(4, 8, 7, 7)), embedding)
-    expected = block.shortcut(torch.ones(4, 8, 7, 7)) + block.conv2.conv(nn.functional.silu(block.conv2.norm(h)))
-    torch.testing.assert_close(block(torch.ones(4, 8, 7, 7), embedding), expected)
+    block, embedding = network.down[0][0], torch.randn(4, 64)
+    x = torch.randn(4, 16, 7, 7)
+    h = block.conv2.scale_shift(block.conv1(x), embedding)
+    expected = block.shortcut(x) + block.conv2.conv(nn.functional.silu(block.conv2.norm(h)))
+    torch.testing.assert_close(block.train()(x, embedding), expected)
 
 
 def test_what_is_left_out_has_no_influence(tiny, redraw):

@@ -1,0 +1,137 @@
+"""The networks with one thing changed: each does what its name says, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+import variants
+from torch import nn
+
+CHANGES = {name: change for name, change in vars(variants).items() if callable(change) and name.islower()}
+HELPERS = {"rearrange", "replace", "use_time", "to_unit", "sines", "change_skips"}
+CHANGES = {name: change for name, change in CHANGES.items() if name not in HELPERS}
+CHANGES["sines"] = variants.sines(10)
+
+
+@pytest.fixture
+def make(lesson3, lesson4, redraw):
+    """make(change): a small new network, with all weights drawn anew."""
+
+    def make(change=None, **others):
+        preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8, **others)
+        network = lesson4.make_network(preset, 10)
+        if change:
+            change(network)
+        return redraw(network)
+
+    return make
+
+
+def inputs(n=3):
+    return torch.randn(n, 4, 14, 14), torch.linspace(-1100, 1000, n), torch.arange(n)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_change_makes_another_network_that_learns(make, name):
+    network, plain = make(CHANGES[name]), make()
+    y = network(*inputs())
+    assert y.shape == (3, 4, 14, 14) and y.isfinite().all()
+    y.square().mean().backward()
+    missing = [name for name, parameter in network.named_parameters() if parameter.grad is None]
+    assert all(name.startswith("embed_time.features") or "downsample" in name for name in missing), missing
+    shapes, others = ({k: v.shape for k, v in each.state_dict().items()} for each in (network, plain))
+    if shapes == others and name != "no_zero_start":  # then what differs is the computation
+        plain.load_state_dict(network.state_dict())
+        assert not torch.allclose(plain(*inputs()), y)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_copy_computes_with_its_own_weights(make, name):
+    """The average of the weights is such a copy."""
+    network, x = make(CHANGES[name]).eval(), inputs()
+    twin = copy.deepcopy(network)
+    before = twin(*x)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert torch.equal(twin(*x), before) and not torch.equal(network(*x), before)
+
+
+def test_skips_are_added_through_a_convolution_where_widths_differ(make):
+    network, embedding = make(variants.skips_added), torch.randn(2, 32)
+    for blocks in network.up:
+        for block in blocks:
+            width = block.width
+            skip_width = block.match.in_channels if isinstance(block.match, nn.Conv2d) else width
+            h, skip = torch.randn(2, width, 7, 7), torch.randn(2, skip_width, 7, 7)
+            expected = block.block(h + block.match(skip), embedding)
+            torch.testing.assert_close(block(torch.cat([h, skip], dim=1), embedding), expected)
+            assert isinstance(block.match, nn.Identity) == (skip_width == width)
+            assert block.block.conv1.norm.num_channels == width
+    assert {type(block.match) for blocks in network.up for block in blocks} == {nn.Conv2d, nn.Identity}
+
+
+def test_without_skips_the_way_down_reaches_the_end_only_through_the_middle(make):
+    for change, reaches in ((variants.skips_cut, False), (variants.skips_added, True), (None, True)):
+        network = make(change)
+        network.middle = nn.ModuleList([Nothing()])
+        x, time, label = inputs()
+        assert torch.allclose(network(x, time, label), network(torch.zeros_like(x), time, label)) != reaches
+
+
+class Nothing(nn.Module):
+    def forward(self, x, embedding):
+        return torch.zeros_like(x)
+
+
+def test_every_second_pixel_is_all_that_comes_down(make):
+    network, h = make(variants.every_second_pixel), torch.randn(2, 8, 6, 6)
+    y = network.downsample[0](h)
+    assert torch.equal(y, h[:, :, 0::2, 0::2]) and torch.equal(network.downsample[0].take(), y)
+
+
+def test_pooling_and_transposed_convolution_have_their_sizes(make):
+    h = torch.randn(2, 8, 6, 6)
+    pooled = make(variants.pool_down).downsample[0]
+    means = nn.functional.avg_pool2d(h, 2)
+    torch.testing.assert_close(pooled(h), nn.functional.conv2d(means, pooled[1].weight, pooled[1].bias, padding=1))
+    assert make(variants.transposed_up).upsample[0](torch.randn(2, 16, 3, 3)).shape == (2, 16, 6, 6)
+
+
+def test_along_a_row_no_other_row_is_seen(make):
+    network = make(variants.axial)
+    rows, columns = network.middle[0].attention
+    x = torch.randn(1, 16, 5, 4, requires_grad=True)
+    rows.norm = columns.norm = nn.Identity()  # a group norm mixes all pixels
+    for line, seen in ((rows, (slice(2, 3), slice(None))), (columns, (slice(None), slice(1, 2)))):
+        (gradient,) = torch.autograd.grad(line(x)[0, :, 2, 1].sum(), x)
+        inside = gradient[0].abs().sum(dim=0)
+        assert inside[seen].min() > 0
+        inside[seen] = 0
+        assert not inside.any()
+
+
+def test_positions_are_seen(make):
+    """Attention alone takes no notice of the order of its tokens; with learned positions it does."""
+    for change, ordered in ((None, False), (variants.learned_positions, True)):
+        attention = make(change).middle[0].attention
+        x = torch.randn(1, 16, 7, 7)
+        turned = x.flip(2, 3)
+        assert torch.allclose(attention(turned).flip(2, 3), attention(x), atol=1e-5) != ordered
+
+
+def test_times_from_0_to_1_and_their_bins(make, lesson3):
+    ends = torch.tensor([lesson3.SIGMA_MIN, lesson3.SIGMA_MAX])
+    unit = variants.to_unit(lesson3.Denoiser(None, 0.7).c_noise(ends))
+    torch.testing.assert_close(unit, torch.tensor([0.0, 1.0]), atol=1e-3, rtol=0)
+    table = make(variants.learned_table).embed_time.features
+    times = torch.tensor([-1151.0, 1095.0, -1151 + 20.0, 5000.0, -5000.0])
+    torch.testing.assert_close(table(times), table.weight[[0, 99, 0, 99, 0]])
+
+
+def test_attention_on_the_levels_asked_for(make, lesson4):
+    for levels, expected in (((), 1), ((1,), 4), ((0, 1), 7)):
+        network = make(None, attention_levels=levels)
+        assert sum(isinstance(module, lesson4.lesson2.AttentionBlock) for module in network.modules()) == expected
+    kinds = {type(module) for module in make(variants.no_attention).modules()}
+    assert lesson4.lesson2.AttentionBlock not in kinds and lesson4.AttentionResBlock in kinds

@@ -1,0 +1,202 @@
+"""Lesson 4's U-Net with one thing changed: the rows of `measure_recipe.py` are made of these.
+
+Each function changes a new network in place, before its training.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+lesson1 = importlib.import_module("01_time_embedding")
+lesson2 = importlib.import_module("02_attention")
+lesson3 = importlib.import_module("03_unet_uncond")
+
+
+def replace(network, kind, make):
+    """Replace every module of that class by make(module)."""
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, kind):
+                setattr(parent, name, make(child))
+
+
+# %% Residual blocks
+class ShiftFirstConv(lesson3.TimePreActConv):
+    """Scale and shift in front of the norm, as in the lecture."""
+
+    def forward(self, x, embedding):
+        return self.conv(F.silu(self.norm(self.scale_shift(x, embedding))))
+
+
+def shift_first(network):
+    for module in network.modules():
+        if isinstance(module, lesson3.TimePreActConv):
+            module.__class__ = ShiftFirstConv  # the same weights, another forward
+
+
+def batch_norm(network):
+    replace(network, nn.GroupNorm, lambda norm: nn.BatchNorm2d(norm.num_channels))
+
+
+def no_zero_start(network):
+    """The last convolution of each branch starts with random weights, too."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.reset_parameters()
+
+
+# %% Time
+class Time(nn.Module):
+    """Features of the time `(n, columns)`, and the two linear layers of lesson 1's `TimeEmbedding` after them."""
+
+    def __init__(self, features, columns, dim):
+        super().__init__()
+        self.features = features
+        self.layers = nn.Sequential(nn.Linear(columns, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, time):
+        return self.layers(self.features(time))
+
+
+def use_time(network, features, columns):
+    network.embed_time = Time(features, columns, 4 * network.widths[0])
+
+
+def to_unit(time):
+    """The times of this U-Net, -1151 to 1096, moved to 0 … 1."""
+    return (time + 1151.3) / 2246.8
+
+
+def sines(max_period=10_000, scale=lambda time: time):
+    """A change of the network: other sines and cosines, of scale(time)."""
+
+    def change(network):
+        columns = network.widths[0]
+        use_time(network, lambda time: lesson1.timestep_embedding(scale(time), columns, max_period), columns)
+
+    return change
+
+
+class Table(nn.Embedding):
+    """A learned vector for each of 100 bins of the time."""
+
+    def forward(self, time):
+        return super().forward((100 * to_unit(time)).long().clamp(0, 99))
+
+
+def learned_table(network):
+    use_time(network, Table(100, network.widths[0]), network.widths[0])
+
+
+def ln_sigma_alone(network):
+    use_time(network, lambda time: time[:, None] / lesson3.TIME_SCALE, 1)
+
+
+# %% Skips
+class OtherSkip(nn.Module):
+    """A block of the up path. It gets h and the skip concatenated, and adds them, or ignores the skip."""
+
+    def __init__(self, block, width, add):
+        super().__init__()
+        self.block, self.width = block, width
+        self.match = add and (nn.Identity() if add == width else nn.Conv2d(add, width, 1))
+
+    def forward(self, x, embedding):
+        h, skip = x[:, : self.width], x[:, self.width :]
+        return self.block(h + self.match(skip) if self.match else h, embedding)
+
+
+def change_skips(network, added):
+    width = network.widths[-1]
+    for blocks, new_width in zip(network.up, reversed(network.widths), strict=True):
+        for i, old in enumerate(blocks):
+            skip = old.conv1.norm.num_channels - width
+            block = network.make_block(width, new_width)
+            block.attention = old.attention
+            blocks[i] = OtherSkip(block, width, skip if added else None)
+            width = new_width
+
+
+def skips_added(network):
+    change_skips(network, added=True)
+
+
+def skips_cut(network):
+    change_skips(network, added=False)
+
+
+# %% Down and up
+class SavedSequential(lesson3.Saved, nn.Sequential):
+    pass
+
+
+class EverySecond(nn.Module):
+    def forward(self, x):
+        return x[:, :, ::2, ::2]
+
+
+def pool_down(network):
+    """Average pooling and a convolution instead of a convolution with stride 2."""
+    width = network.widths[0]
+    network.downsample[0] = SavedSequential(nn.AvgPool2d(2), nn.Conv2d(width, width, 3, padding=1))
+
+
+def every_second_pixel(network):
+    network.downsample[0] = SavedSequential(EverySecond())
+
+
+def transposed_up(network):
+    """A transposed convolution instead of nearest-neighbour upsampling and a convolution."""
+    width = network.widths[1]
+    network.upsample[0] = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
+
+
+# %% Attention
+def no_attention(network):
+    replace(network, lesson2.AttentionBlock, lambda block: nn.Identity())
+
+
+class LineAttention(lesson2.AttentionBlock):
+    """A pixel attends to those of its row only, or of its column."""
+
+    def __init__(self, block, lines):
+        channels, attention = block.norm.num_channels, block.attention
+        super().__init__(channels, attention.heads, block.norm.num_groups, attention.attention_fn)
+        lesson3.zero_(self.attention.proj)
+        self.lines = lines
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        attended = self.attention(rearrange(self.norm(x), f"n c h w -> {self.lines} c"))
+        return x + rearrange(attended, f"{self.lines} c -> n c h w", n=n, h=h, w=w)
+
+
+def axial(network):
+    """Attention along the rows, then along the columns."""
+    lines = "(n h) w", "(n w) h"
+    replace(
+        network, lesson2.AttentionBlock, lambda block: nn.Sequential(*(LineAttention(block, each) for each in lines))
+    )
+
+
+class Positions(nn.Module):
+    """A learned vector for each of 7 × 7 positions, added to the normalised activations."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.positions = norm, nn.Parameter(torch.zeros(norm.num_channels, 7, 7))
+
+    def forward(self, x):
+        return self.norm(x) + self.positions
+
+
+def learned_positions(network):
+    for module in network.modules():
+        if isinstance(module, lesson2.AttentionBlock):
+            module.norm = Positions(module.norm)
