@@ -250,6 +250,13 @@ def describe_machine(device, recipe):
     root = Path(__file__).parent
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
+    precision = "bfloat16" if recipe.fast and tools.choose_precision(device) else "float32"
+    threads = torch.get_num_threads()
+    return {"processor": describe_processor(device), "precision": precision, "threads": threads, "commit": commit}
+
+
+def describe_processor(device):
+    """Its name, and the widest instructions that it has."""
     processor = platform.processor() or platform.machine()
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
@@ -258,8 +265,7 @@ def describe_machine(device, recipe):
         flags = getattr(torch.cpu, "get_capabilities", dict)()
         kinds = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512_f": "AVX-512", "avx2": "AVX2"}
         processor += next((f", {kind}" for flag, kind in kinds.items() if flags.get(flag)), "")
-    precision = "bfloat16" if recipe.fast and tools.choose_precision(device) else "float32"
-    return {"processor": processor, "precision": precision, "threads": torch.get_num_threads(), "commit": commit}
+    return processor
 
 
 def measure_row(options):
@@ -291,9 +297,7 @@ def measure_row(options):
         ways["guided at all levels"] = (lesson4.GUIDANCE, math.inf)
     for way, guidance in ways.items():
         qualities = panel.measure(sample(recipe, settings, denoiser, options.n, *guidance), wanted)
-        line[way] = {
-            name: [round(found.distances[0], 3), round(found.accuracy, 4)] for name, found in qualities.items()
-        }
+        line[way] = {name: [round(found.distance, 3), round(found.accuracy, 4)] for name, found in qualities.items()}
     return line
 
 
