@@ -49,13 +49,13 @@ def load_denoiser(path, device):
     return lesson3.load_denoiser(path, NETWORKS[checkpoint["settings"].network], device)
 
 
-def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None):
+def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None, seed=0):
     """n images, float32 (n, 1, height, width) in [-1, 1], and the labels (n,) asked for: the classes in turn.
 
-    guidance: None for a network without labels; then the second result is None as well.
+    guidance: None for a network without labels; then the second result is None as well. seed: of the noise.
     """
     n_classes = 1 if guidance is None else len(settings.classes)
-    noise_ids = [(0, i % n_classes, i // n_classes) for i in range(n)]
+    noise_ids = [(seed, i % n_classes, i // n_classes) for i in range(n)]
 
     def make_denoise(label):
         return denoiser if guidance is None else lesson4.guide(denoiser, label, guidance)
@@ -152,8 +152,9 @@ def measure_copies(images, baselines, train, test, device):
 
 # %% The measurement of a checkpoint
 def measure(options, denoiser, settings, train, test, panel):
-    """All figures of one checkpoint, with the steps and guidance of the command line."""
-    images, labels = draw_samples(denoiser, settings, options.n, options.steps, options.guidance)
+    """All figures of one checkpoint, with the steps and guidance of the command line, from other noise than a sweep's:
+    that chooses the guidance."""
+    images, labels = draw_samples(denoiser, settings, options.n, options.steps, options.guidance, seed=1)
     baselines = Baselines(train, options.n)
     rows = {"samples": (images, labels), "training images": (baselines.images, baselines.labels)}
     rows["white noise"] = baselines.noise, baselines.labels
