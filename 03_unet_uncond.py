@@ -30,20 +30,24 @@ lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` isn't 
 # %% 1. A convolution comes after its norm and its activation
 # A signal must survive every layer, or the last ones never see the image. A shortcut, x + ..., lets it pass; but an
 # activation *after* the sum, as in the lecture's first residual blocks, bends it again, block after block. Put norm and
-# activation in front of each convolution, and a block's output is a plain sum. (The norm at the end of a branch does
-# harm too: it makes the branch as large as the signal.)
+# activation in front of each convolution, and a block's output is a plain sum.
 #
-# The same layers in both orders; x is `(n, c, h, w)` all the way:
+# The same layers in both orders; x is `(n, c, h, w)` all the way. Every branch is scaled to the same size, so the order
+# is all that differs. (Unscaled, the difference is even larger: the last norm makes its branch as large as the signal.)
+def unit(h):
+    return h / h.std()
+
+
 def activate_last(x, convs, norms):
     """Activations after the convolution and the sum (He et al. 2015, "Deep Residual Learning")."""
     h = F.silu(norms[0](convs[0](x)))
-    return F.silu(x + norms[1](convs[1](h)))
+    return F.silu(x + unit(norms[1](convs[1](h))))
 
 
 def activate_first(x, convs, norms):
     """Activations in front of the convolutions (He et al. 2016, "Identity Mappings in Deep Residual Networks")."""
     h = convs[0](F.silu(norms[0](x)))
-    return x + convs[1](F.silu(norms[1](h)))
+    return x + unit(convs[1](F.silu(norms[1](h))))
 
 
 @torch.no_grad()

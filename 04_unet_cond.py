@@ -90,46 +90,7 @@ def show_cost():
     return figure
 
 
-# %% 2. What the convolutions reach without it
-# Without attention, is anything too far away for a pixel of this U-Net? As in section 1 of 02, we count the input
-# pixels that one output pixel depends on: its receptive field. In a new network there are none, as the last convolution
-# is zero, so all convolutions get random weights. And all pixels meet in the mean of a group norm, so we leave the
-# norms out.
-#
-# The convolutions alone reach far by going down: one pixel of the lowest level stands for many above. So an output
-# pixel depends on all 196 of the small net's patches, and on all 1,024 pixels of the lecture's net, if faintly. What
-# attention adds is choosing by content, not by position. On Fashion-MNIST that hardly helps; if convolutions can't
-# reach far enough, attention makes the difference (docs/measurements.md has both).
-def without_norms(network):
-    """The network with random convolutions and without norms, in place."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            module.reset_parameters()
-        for name, child in module.named_children():
-            if isinstance(child, nn.GroupNorm):
-                setattr(module, name, nn.Identity())
-    return network
-
-
-@tools.section
-def show_reach():
-    torch.manual_seed(0)
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3.8))
-    for axis, (name, size) in zip(axes, {"small": 28, "lecture": 32}.items(), strict=True):
-        preset = lesson3.PRESETS[name]
-        side = size // preset.patch
-        network = without_norms(lesson3.TimeUNet(preset.patch**2, preset.widths, preset.depth, preset.groups))
-        x = torch.randn(1, preset.patch**2, side, side)
-        gradient = lesson2.input_gradient(functools.partial(network, time=torch.zeros(1)), x, side // 3, side // 3)
-        seen = gradient.count_nonzero().item()
-        print(f"   {name}: an output pixel depends on {seen} of {side**2} positions, without attention and norms")
-        share = (gradient / gradient.max()).log10()
-        tools.plot_image(axis, share, f"{name}: {seen} of {side**2} positions", vmin=-6, vmax=0)
-    figure.suptitle("What an output pixel depends on in the U-Net without attention\n(white: most; black: a millionth)")
-    return figure
-
-
-# %% 3. The label
+# %% 2. The label
 # What is a label to a network? Each class has a learned vector, its embedding. It is added to the embedding of time, so
 # every block gets it in its scale and shift.
 class CondUNet(lesson3.TimeUNet):
@@ -209,14 +170,14 @@ def show_labels():
     return tools.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
 
 
-# %% 4. Guidance: a line through two predictions
+# %% 3. Guidance: a line through two predictions
 # A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
 # label and with it, are two points, and guidance (classifier-free guidance, Ho and Salimans 2022) goes on along the
 # line through them: x0_hat = x0(label) + w · (x0(label) - x0(no label)). Most software's guidance_scale is 1 + w. (As
 # x0_hat is x less sigma times the predicted noise, it's the same line for the noise, which papers speak of.) It gives
 # clearer garments of the class, and fewer odd ones.
 #
-# But it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; section 5 shows why), so the first 7
+# But it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; section 4 shows why), so the first 7
 # of 14 steps evaluate the network once instead of twice. And a network that was trained for long knows its classes
 # better, and needs less (docs/measurements.md).
 GUIDANCE, GUIDANCE_LONG = 1.4, 0.8  # measured after 180,000 and 1,440,000 images; where it changes is a guess
@@ -257,7 +218,7 @@ def show_line():
     return tools.plot_grid(title, images, n, weights)
 
 
-# %% 5. How strong, and from when
+# %% 4. How strong, and from when
 # This was measured in pixels, on only four garments of each class. While there is much noise, the network decides the
 # rough shape of a garment and how light it is. If guided from the start, the garments of a class become more alike in
 # both, and lighter. If guidance waits until the noise is down to 3, even strong guidance leaves them as far apart as no
@@ -280,7 +241,7 @@ def show_guidance():
     return tools.plot_grid(f"{title} ({settings.data})", torch.cat(rows), n, list(kinds))
 
 
-# %% 6. From one class to another
+# %% 5. From one class to another
 # A label's embedding is a vector, and between two of them lie vectors that belong to no class. What does the network
 # draw for "three quarters pullover, one quarter trouser"? If the change were even, each of eight steps would cover an
 # eighth of the way; the largest covers two to four eighths: the change is uneven.
@@ -312,6 +273,53 @@ def show_blend():
     return tools.plot_grid(title, torch.cat(rows), steps, names, [f"{i / (steps - 1):.0%}" for i in range(steps)])
 
 
+# %% 6. What a pixel depends on
+# Is anything too far away for a pixel of this U-Net? As in section 1 of 02, the gradient shows how much one pixel of
+# the prediction depends on each pixel of the input, now in a trained network. While there is much noise, it depends on
+# the whole garment: the network decides what to make. In the end it depends mostly on what is around it.
+#
+# Switching all attention off hardly changes the picture. The convolutions see everything by going down, because one
+# pixel of the lowest level stands for many above. What attention adds is choosing by content, not by position. On
+# Fashion-MNIST that hardly helps; if convolutions can't reach far enough, attention makes the difference
+# (docs/measurements.md has both).
+def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
+    """The states (sigma, x, x0_hat) of a sampling run with these labels `(n,)`, closest to the given noise levels."""
+    noise = lesson3.draw_noise(settings, [(0, int(each), 0) for each in label], denoiser.device)
+    *states, _ = lesson3.sample(guide(denoiser, label, 0), noise, lesson3.noise_levels())
+    return [min(states, key=lambda state: abs(math.log(state[0] / sigma))) for sigma in sigmas]
+
+
+def without_attention(denoiser):
+    """A copy whose attention adds nothing."""
+    plain = copy.deepcopy(denoiser)
+    for layer in plain.modules():
+        if isinstance(layer, lesson2.AttentionBlock):
+            lesson3.zero_(layer.attention.proj)
+    return plain
+
+
+@tools.section
+def show_reach():
+    denoiser, settings = load_demo_model()
+    label = torch.arange(len(settings.classes), device=denoiser.device)
+    states, (height, width) = states_on_the_way(denoiser, settings, label), settings.size
+    row, column, near = round(0.6 * height), round(0.35 * width), 6
+    figure, axes = plt.subplots(2, 3, figsize=(7.5, 5.2))
+    kinds = {"with attention": denoiser, "switched off": without_attention(denoiser)}
+    for line, (name, model) in zip(axes, kinds.items(), strict=True):
+        line[0].set_ylabel(name)
+        for axis, (sigma, x, _) in zip(line, states, strict=True):
+            gradient = lesson2.input_gradient(functools.partial(model, sigma=sigma, label=label), x, row, column).cpu()
+            around = gradient[max(0, row - near) : row + near + 1, max(0, column - near) : column + near + 1]
+            far = 1 - around.sum() / gradient.sum()  # more than 6 pixels away
+            tools.plot_image(
+                axis, (gradient / gradient.max()).log10(), f"σ = {sigma:.2g}: {far:.0%} far", vmin=-4, vmax=0
+            )
+    said = f"(share over {near} pixels away; white: most, black: a ten-thousandth; {settings.data})"
+    figure.suptitle(f"With much noise, a pixel depends on the whole garment\n{said}")
+    return figure
+
+
 # %% 7. Where a pixel looks
 # In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? Two of
 # the shipped network's first three heads look mostly nearby, one mostly at the image's margins; where they look changes
@@ -331,12 +339,9 @@ def show_look():
     denoiser, settings = load_demo_model()
     layer = [part for part in denoiser.network.up.modules() if isinstance(part, lesson2.AttentionBlock)][-1]
     label = torch.tensor([len(settings.classes) - 1], device=denoiser.device)
-    denoise, noise = guide(denoiser, label, 0), lesson3.draw_noise(settings, [(0, int(label), 0)], denoiser.device)
-    states = list(lesson3.sample(denoise, noise, lesson3.noise_levels()))
     figure, axes = plt.subplots(3, 4, figsize=(8, 6))
-    for row, shown in zip(axes, (20, 1, 0.1), strict=True):
-        sigma, x, x0_hat = min(states[:-1], key=lambda state: abs(math.log(state[0] / shown)))
-        looks = catch_weights(layer, denoise, x, sigma)[0, :3].cpu()  # heads h w h w
+    for row, (sigma, x, x0_hat) in zip(axes, states_on_the_way(denoiser, settings, label), strict=True):
+        looks = catch_weights(layer, guide(denoiser, label, 0), x, sigma)[0, :3].cpu()  # heads h w h w
         even = 1 - 25 / looks[0, 0, 0].numel()
         y, place = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
         tools.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)

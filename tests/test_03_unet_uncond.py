@@ -333,8 +333,8 @@ def test_the_order_of_layers_matters(lesson3):
     first, last = (lesson3.signal_through(order, x) for order in (lesson3.activate_first, lesson3.activate_last))
     assert len(first) == len(last) == 21
     torch.testing.assert_close(first[0], x)
-    assert lesson3.correlation(first[-1], x) > 0.4
-    assert abs(lesson3.correlation(last[-1], x)) < 0.15
+    assert lesson3.correlation(first[-1], x) > 0.15
+    assert abs(lesson3.correlation(last[-1], x)) < 0.08
     expected = np.corrcoef(x[0, 0].flatten(), y[0, 0].flatten())[0, 1]
     assert lesson3.correlation(x[:1, :1], 3 * y[:1, :1] + 1) == pytest.approx(expected, abs=1e-6)
 

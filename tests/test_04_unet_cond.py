@@ -1,11 +1,11 @@
 """Lesson 4: attention where it is asked for, labels, guidance."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lesson_tools as tools
@@ -188,10 +188,21 @@ def test_caught_weights_are_those_of_the_layer(lesson3, lesson4, cond_unet):
     assert not layer._forward_pre_hooks
 
 
-def test_without_norms_no_branch_is_zero_and_none_has_a_norm(lesson3, lesson4):
-    network = lesson4.without_norms(lesson3.TimeUNet(1, (8, 16), 1, 4))
-    for module in network.modules():
-        assert not isinstance(module, nn.GroupNorm)
-        assert not isinstance(module, nn.Conv2d) or module.weight.all()
-    changed = network(torch.zeros(1, 1, 8, 8), torch.zeros(1)) - network(torch.ones(1, 1, 8, 8), torch.zeros(1))
-    assert changed.abs().min() > 0
+def test_without_attention_nothing_else_changes(lesson3, lesson4, cond_unet):
+    denoiser = lesson3.Denoiser(cond_unet, 0.6)
+    plain, before = lesson4.without_attention(denoiser), copy.deepcopy(denoiser.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, torch.zeros_like(value) if ".attention.proj." in name else before[name])
+        assert torch.equal(denoiser.state_dict()[name], before[name])
+    x = torch.randn(1, 16, 4, 4)
+    assert torch.equal(plain.network.middle[0].attention(x), x)
+
+
+def test_states_on_the_way_are_those_of_sampling(lesson3, lesson4, cond_unet, monkeypatch):
+    settings = lesson3.RunSettings("CondUNet", "small", 1, 32, 0, "", 1, ("a", "b"), (28, 28), 0.6)
+    denoiser, label = lesson3.Denoiser(cond_unet, 0.6), torch.tensor([0, 1])
+    monkeypatch.setattr(lesson3, "draw_noise", lambda settings, ids, device: torch.randn(2, 2, 8, 8) + len(ids))
+    states = lesson4.states_on_the_way(denoiser, settings, label, (50, 1))
+    for wanted, (sigma, x, x0_hat) in zip((50, 1), states, strict=True):
+        assert min(lesson3.noise_levels()[:-1], key=lambda level: abs(math.log(level / wanted))) == sigma
+        torch.testing.assert_close(denoiser(x, sigma, label), x0_hat)
