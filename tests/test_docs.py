@@ -1,9 +1,13 @@
-"""README and docs/: whatever they point to is there."""
+"""README and docs/: whatever they point to is there, and the answers to the exercises are right."""
 
+import importlib
+import os
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "pretrained" / "README.md"]
@@ -59,3 +63,46 @@ def test_each_section_has_its_place_among_the_pictures():
     assert len(pictures) > 30
     assert pictures <= shown
     assert sum(path.stat().st_size for path in pictures) < 4e6
+
+
+# The exercises
+EXERCISES = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
+
+
+def test_the_answer_about_max_period():
+    lesson1 = importlib.import_module("01_time_embedding")
+    t, told = torch.linspace(0, 2247, 100), []
+    for max_period in (10, 100, 1000, 10_000):
+        matrix = lesson1.timestep_embedding(t, 16, max_period)
+        assert (matrix.amax(dim=0) - matrix.amin(dim=0)).min() > 0.02
+        told.append(f"{lesson1.linear_fit(matrix, t):.2f}")
+    assert told[2] == told[3]
+    assert f"(R² {told[0]} and {told[1]}); at 1000 and 10000 it can ({told[2]})" in " ".join(EXERCISES.split())
+
+
+def test_the_answer_about_added_skips(tmp_path, monkeypatch):
+    """The answer's lines, put into a copy of 03, make a U-Net of as many parameters as it says, and as good a one."""
+    constructor, forward = re.findall(r"```python\n(.*?)```", EXERCISES, flags=re.DOTALL)
+    code, inside, level = (ROOT / "03_unet_uncond.py").read_text(encoding="utf-8"), " " * 16, " " * 8
+    for pattern, new in (
+        (r"^ *self\.up, self\.upsample = .*\n", rf"\g<0>{level}self.match = nn.ModuleList()\n"),
+        (r"^ *blocks\.append\(self\.make_block\(width \+ skips.*\n", textwrap.indent(constructor, inside)),
+        (r"^ *for level, blocks in enumerate\(self\.up\):\n", rf"{level}matches = iter(self.match)\n\g<0>"),
+        (r"^ *h = torch\.cat\(\[h, savers.*\n", textwrap.indent(forward, inside)),
+    ):
+        code, replaced = re.subn(pattern, new, code, flags=re.MULTILINE)
+        assert replaced == 1, pattern
+    (tmp_path / "added.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    counts, errors = [], []
+    for name in ("added", "03_unet_uncond"):
+        lesson = importlib.import_module(name)
+        counts.append(f"{lesson.count_parameters(lesson.UNet(1, (32, 64, 128, 256), depth=2, groups=2)):,}")
+        if os.environ.get("FASHION_MNIST_DIR"):
+            (images, _), (unseen, _) = lesson.tools.load_images("train", 512), lesson.tools.load_images("test", 8)
+            torch.manual_seed(1)
+            noisy = unseen + 0.5 * torch.randn_like(unseen)
+            errors.append(float((lesson.train_skips(False, images)[0](noisy) - unseen).square().mean()))
+    assert "{} parameters remain of {}.".format(*counts) in EXERCISES
+    for error, said in zip(errors, (0.097, 0.075), strict=False):
+        assert error == pytest.approx(said, abs=0.01)
