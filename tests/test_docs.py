@@ -15,7 +15,7 @@ SCRIPTS = sorted(ROOT.glob("0*.py"))
 
 def headings(page):
     """The anchors that GitHub makes of a page's headings."""
-    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    titles = re.findall(r"^#+ \[?(.+?)(?:\]\(.+\))?$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
@@ -27,9 +27,10 @@ def links(page):
 def test_links_and_pictures_exist(page):
     for target in links(page):
         if not target.startswith("https://"):
-            path, _, anchor = target.partition("#")
-            assert (page.parent / path).is_file(), target
-            assert not anchor or anchor in headings(page.parent / path), target
+            name, _, anchor = target.partition("#")
+            path = page.parent / name if name else page
+            assert path.is_file(), target
+            assert not anchor or path.suffix == ".py" or anchor in headings(path), target
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -49,14 +50,14 @@ def test_scripts_options_and_tests_exist(page):
 
 
 def test_each_section_has_its_place_among_the_pictures():
-    """In the scripts' order and under the scripts' titles; and no picture in docs/ is left over."""
-    text = (ROOT / "docs" / "lessons.md").read_text(encoding="utf-8")
-    told = re.findall(r"^(?:## `(0.*)`|### (\d+\. .*))$", text, flags=re.MULTILINE)
-    expected = []
+    """In the scripts' order, under the scripts' titles, linked to their lines; no picture in docs/ is left over."""
+    text, expected = (ROOT / "docs" / "lessons.md").read_text(encoding="utf-8"), []
     for script in SCRIPTS:
-        titles = re.findall(r"^# %% (\d+\. .*)$", script.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        expected += [(script.name, ""), *(("", title) for title in titles)]
-    assert told == expected
+        expected.append(f"## `{script.name}`")
+        for number, line in enumerate(script.read_text(encoding="utf-8").splitlines(), 1):
+            if found := re.match(r"# %% (\d+\. .*)", line):
+                expected.append(f"### [{found[1]}](../{script.name}#L{number})")
+    assert re.findall(r"^(?:## `0.*|### .*)$", text, flags=re.MULTILINE) == expected
     shown = {(page.parent / target).resolve() for page in PAGES for target in links(page)}
     pictures = {path for path in (ROOT / "docs").rglob("*") if path.suffix in (".png", ".gif")}
     assert len(pictures) > 30
