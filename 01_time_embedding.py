@@ -1,8 +1,8 @@
 """Lesson 1: a number becomes a vector.
 
-A diffusion network needs to know how noisy its input is. A step number tells it badly, as neighbouring steps are nearly
-the same number; a vector of sines and cosines, fast and slow, keeps them apart and still tells early from late (Vaswani
-et al. 2017, section 3.5; lecture section "time embedding").
+A diffusion network needs to know how noisy its input is. The bare step number is a poor input, because neighbouring
+steps are nearly the same number. A vector of sines and cosines, fast and slow, keeps neighbours apart and still tells
+early from late (Vaswani et al. 2017, section 3.5; lecture section "time embedding").
 
     python 01_time_embedding.py [--out DIR]
 """
@@ -21,19 +21,19 @@ import lesson_tools as tools
 # %% 1. A clock
 # One diffusion network removes noise at every level, and what it must do depends on the level. So it gets a time step,
 # from 0 to 999 (Ho et al. 2020; section 12 of 03 shows what other networks get). On pixels from -1 to 1, the noise has
-# a standard deviation of 0.010 at step 0 and of 0.047 at step 10. Both are nearly invisible, yet the network's answer
-# is that noise at standard deviation 1: it must amplify a hundredfold at step 0, but only twentyfold at step 10.
+# a standard deviation of 0.010 at step 0 and of 0.047 at step 10. Both are nearly invisible, yet the network must
+# output that noise scaled up to standard deviation 1: a hundredfold at step 0, but only twentyfold at step 10.
 #
-# As a single number, though, 10 is almost 0: it lies a hundredth of the way from the first time to the last. To treat
-# the two very differently, a network needs very large weights, and learns them slowly (Tancik et al. 2020).
+# As a single number, though, 10 is almost 0: it lies a hundredth of the way from the first step to the last. To treat
+# the two so differently, a network needs very large weights, which it learns slowly (Tancik et al. 2020).
 #
-# (Not every network has this problem. That of 03 must amplify nearly as much, but it gets ln(sigma), which spreads the
-# levels well. There, a single number instead of the embedding did as well in a short training: a loss of 0.40 with
-# both, in three runs each.)
+# (Not every network has this problem. The one in 03 must amplify nearly as much, but it takes ln(sigma), which spreads
+# the noise levels well. There, after a short training, a single number did as well as the embedding: a loss of 0.40
+# with either, in three runs each.)
 #
 # Clocks solved this long ago. The second hand tells neighbouring moments apart, the hour hand tells three from nine,
-# and no hand ever leaves the dial. The embedding is a clock: by the time t, hand number k has turned by t times its
-# frequency (an angle in radians; a full turn takes 2π / frequency). Each hand is slower than the one before it by a
+# and no hand ever leaves the dial. The embedding is a clock: at time t, each hand has turned through an angle of t
+# times its frequency (in radians, so a full turn takes 2π / frequency). Each hand is slower than the one before it by a
 # constant factor: the frequencies are powers of one number, with evenly spaced exponents.
 @tools.section
 def show_clock():
@@ -50,14 +50,14 @@ def show_clock():
 
 
 # %% 2. Step by step
-# An angle grows without end, but a hand that has gone all the way round is back. Its sine and its cosine say where it
-# is. One of them alone would not: it takes each value twice on the way round.
+# The angle grows without end, but after a full turn the hand is back where it was. Its sine and cosine together say
+# where it points. Either one alone doesn't: it takes each value twice in a turn.
 def timestep_embedding(timesteps, dim, max_period=10_000):
     """Sines and cosines of each time, at `dim // 2` frequencies from 1 down to `1 / max_period`.
 
-    timesteps: `(n,)`. dim: at least 2; an odd one is padded with a column of zeros. max_period: at least 1. Returns
-    `(n, dim)`, sines first, in the type of `timesteps` (float32 for integers). Raises ValueError for other shapes and
-    ranges. (Vaswani et al. 2017, section 3.5; that the last frequency is 1 / max_period is Ho et al. 2020.)
+    timesteps: `(n,)`. dim: at least 2; if it is odd, the last column is all zeros. max_period: at least 1. Returns
+    `(n, dim)`, sines first, in the dtype of `timesteps` (float32 for integers). Raises ValueError for other shapes and
+    ranges. (Vaswani et al. 2017, section 3.5; ending exactly at 1 / max_period follows Ho et al. 2020.)
     """
     if timesteps.ndim != 1 or dim < 2 or not 1 <= max_period < math.inf:
         got = f"shape {tuple(timesteps.shape)}, {dim} and {max_period}"
@@ -65,13 +65,13 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
     dtype = timesteps.dtype if timesteps.is_floating_point() else torch.float32
     t = timesteps.to(torch.promote_types(dtype, torch.float32))  # in bfloat16, an angle near 1000 is off by up to 2
     exponents = torch.linspace(0, 1, dim // 2, dtype=t.dtype, device=t.device)  # dim/2, evenly spaced
-    frequencies = max_period**-exponents  # dim/2; the lecture writes exp(-log(max_period) * exponents), the same
+    frequencies = max_period**-exponents  # dim/2; the lecture's exp(-log(max_period) * exponents) is the same
     angles = t[:, None] * frequencies  # n dim/2: one row for each time, one column for each hand
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)  # n dim
     return F.pad(embedding, (0, dim % 2)).to(dtype)
 
 
-# The lecture's size: 100 times, 16 columns.
+# The lecture's example: 100 times, 16 columns.
 @tools.section
 def show_steps():
     t, exponents = torch.arange(100.0), torch.linspace(0, 1, 8)
@@ -81,7 +81,7 @@ def show_steps():
         print(f"   {name:14}", *(f"{value:8.4f}" for value in row))
     print(f"   matrix {tuple(matrix.shape)}")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.8), sharey=True)
-    left.plot(t, torch.arange(16) - 0.45 * matrix, color="black")  # minus: the axis that they share points down
+    left.plot(t, torch.arange(16) - 0.45 * matrix, color="black")  # minus: the shared axis points down
     right.imshow(matrix.T.numpy(), aspect="auto")
     left.set(title="Each column is a wave", xlabel="t", ylabel="column")
     right.set(title="The 100 × 16 matrix, lying on its side", xlabel="t")
@@ -90,9 +90,9 @@ def show_steps():
 
 
 # %% 3. What the clock buys, and what it costs
-# Fast hands keep near times apart, by a good part of the distance from the first time to the last. The price: far times
-# lose their order. From 370, the embedding of 500 is even farther away than that of 0, although as a number 0 is almost
-# three times as far away. The slow hands know better, but the network must learn to attend to them.
+# Fast hands keep near times apart: embedded, 370 and 380 are two thirds as far apart as the first and the last time.
+# The price: far times lose their order. From 370, the embedding of 500 is even farther away than that of 0, although as
+# a number 0 is almost three times as far away. The slow hands know better, but the network must learn to trust them.
 def distances(rows, origin):
     """How far each row is from row `origin`, in units of the distance from first to last: `(n, columns)` -> `(n,)`."""
     return (rows - rows[origin]).norm(dim=1) / (rows[-1] - rows[0]).norm()
@@ -105,25 +105,25 @@ def show_distances():
     for name, distance in lines.items():
         print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    said = f"(380 lies {ratio:.0f} times as far from 370 as it does in a single number; 500 lies farther than 0)"
-    title = f"The embedding spreads near times and mixes up far ones\n{said}"
+    said = f"(380 lies {ratio:.0f} times as far from 370 as it does on the number line; 500 lies farther than 0)"
+    title = f"The embedding pulls near times apart and mixes up far ones\n{said}"
     return tools.plot_curves(title, t, lines, xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
 
 
 # %% 4. max_period must fit the range of t
-# It sets the speed of the slowest hand, whose full turn takes 2π · max_period. If max_period is small for the range of
-# t, even that hand goes round more than once, and no single hand tells early from late. All hands together still do,
-# but not in a simple way: with 16 columns, a linear layer can't read t from them (R² below; 1 is perfect).
+# max_period sets the speed of the slowest hand, which takes 2π · max_period for a full turn. If max_period is too small
+# for the range of t, even this hand goes round more than once, and no single hand tells early from late. All hands
+# together still do, but in a tangled way: a linear layer can't read t from 16 such columns (R² below; 1 is perfect).
 #
-# If it is large, the slow hands hardly move: their columns barely vary, and a network needs large weights to use them.
-# Rule of thumb: make max_period about as large as the range of t.
+# If it is too large, the slow hands hardly move: their columns barely vary, and a network needs large weights to use
+# them. Rule of thumb: make max_period about as large as the range of t.
 #
-# The 10000 was chosen for the positions of words in a text (Vaswani et al. 2017); diffusion models kept it for t = 0,
-# 1, ..., 999. So does the lecture, though its conditional model (notebook 28) feeds in t from 0 to 1, and most columns
-# barely vary. Another value is "worth an experiment", the lecture says, but it doesn't run one.
+# The default, 10000, was chosen for the positions of words in a text (Vaswani et al. 2017); diffusion models kept it
+# for t = 0, 1, ..., 999. So does the lecture, although its conditional model (notebook 28) feeds in t from 0 to 1, so
+# most columns barely vary. The lecture calls another value "worth an experiment", but doesn't run one.
 def linear_fit(matrix, t):
     """R² of the best linear prediction of t `(n,)` from the columns of matrix `(n, columns)`; 1 is perfect."""
-    columns = torch.cat([matrix, torch.ones(len(t), 1)], dim=1).double()  # with a constant
+    columns = torch.cat([matrix, torch.ones(len(t), 1)], dim=1).double()  # and a constant
     rest = t - columns @ torch.linalg.lstsq(columns, t[:, None].double(), driver="gelsd").solution[:, 0]
     return float(1 - rest.var() / t.var())
 
@@ -138,21 +138,21 @@ def show_max_period():
         still = int((matrix.amax(dim=0) - matrix.amin(dim=0) < 0.02).sum())  # less than 1 % of a swing from -1 to 1
         print(f"   t from 0 to {last}, max_period {max_period}: {still} of 16 columns barely vary;", end=" ")
         print(f"a linear layer reads t with R² {linear_fit(matrix, t):.2f}")
-        axis.set(xlabel="t", title=f"max_period {max_period}:\n{still} of 16 still")
+        axis.set(xlabel="t", title=f"max_period {max_period}:\n{still} of 16 flat")
     axes[0].set_ylabel("column")
-    figure.suptitle("max_period too small: no slow columns; too large: still ones")
+    figure.suptitle("max_period too small: no slow columns; too large: flat ones")
     return figure
 
 
 # %% 5. An aside: "3 later" is a rotation
-# The U-Net makes no use of it, but transformers were given it for their positions. "3 later" turns each hand by an
-# angle of its own, whatever the time is. And turning is linear: sin(a + b) and cos(a + b) are sums of sin(a) and
-# cos(a), with weights that depend on b alone. So one matrix serves all times, and a single linear layer can learn it.
-# Turning two embeddings by the same angles changes neither their lengths nor the angle between them. Their dot product
-# therefore depends only on how far apart they are, not on when: it is the sum of cos(frequency * distance).
+# The U-Net doesn't use this, but it is why transformers got sines for their positions (Vaswani et al. 2017,
+# section 3.5). Adding 3 to t turns each hand by a fixed angle of its own, whatever t is. And turning is linear:
+# sin(a + b) and cos(a + b) are weighted sums of sin(a) and cos(a), with weights that depend on b alone. So one matrix
+# serves all times, and a single linear layer can learn it. Turning two embeddings by the same angles changes neither
+# their lengths nor the angle between them. So their dot product depends only on how far apart the times are, not on
+# when: it is the sum of cos(frequency * distance).
 def shift_matrix(shift, dim, max_period=10_000):
-    """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t; dim is even
-    (Vaswani et al. 2017, section 3.5, choose the sines for this)."""
+    """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t, if dim is even."""
     sines, cosines = timestep_embedding(torch.tensor([shift], dtype=torch.float64), dim, max_period)[0].chunk(2)
     to_sines = torch.cat([cosines.diag(), sines.diag()], dim=1)  # sin(a + b) = cos(b) sin(a) + sin(b) cos(a)
     to_cosines = torch.cat([-sines.diag(), cosines.diag()], dim=1)  # cos(a + b) = -sin(b) sin(a) + cos(b) cos(a)
@@ -166,7 +166,7 @@ def show_shift():
     error = (embedding[:-3] @ shift_matrix(3, 64).T - embedding[3:]).abs().max()
     dots = embedding @ embedding.T  # 100 100
     print(f"   embedding(t + 3) and shift_matrix(3) @ embedding(t): largest difference {error:.0e}")
-    print("   dot products, 10 apart:", *(f"{dots[i, i + 10]:.6f}" for i in (0, 30, 60)))
+    print("   dot products of times 10 apart:", *(f"{dots[i, i + 10]:.6f}" for i in (0, 30, 60)))
     figure, axes = plt.subplots(figsize=(6, 4.2))
     figure.colorbar(axes.imshow(dots.numpy()), ax=axes)
     axes.set(xlabel="t", ylabel="t")
@@ -175,8 +175,8 @@ def show_shift():
 
 
 # %% 6. From the embedding to a layer: scale and shift
-# A small network follows; it turns raw sines into useful features. (The lecture's own begins with batch norm and an
-# activation.) It runs once for the whole U-Net.
+# A small network turns the raw sines into useful features. It runs once, and all blocks of the U-Net share its output.
+# (The lecture's version begins with batch norm and an activation.)
 class TimeEmbedding(nn.Module):
     """Times `(n,)` to vectors `(n, 4 * dim)`: sines and cosines in dim columns, then two linear layers."""
 
@@ -190,9 +190,9 @@ class TimeEmbedding(nn.Module):
         return self.linear2(F.silu(h))  # SiLU, x · sigmoid(x), is a smooth ReLU
 
 
-# There is one vector for a whole image, while a convolution works on pixels. So a linear layer in each block turns it
-# into two numbers for each channel, the same for all its pixels: a channel can be amplified at one time and switched
-# off at another. Section 8 of 03 puts this layer into a residual block, and says why there.
+# There is one vector per image, but a convolution works on pixels. So in each block, a linear layer turns the vector
+# into a scale and a shift for each channel, the same for all pixels: a channel can be amplified at one time and
+# switched off at another. Section 8 of 03 puts this layer into a residual block, and says where and why.
 class ScaleShift(nn.Module):
     """Scales and shifts each channel by amounts computed from the embedding (Dhariwal and Nichol 2021, section 3.1)."""
 
@@ -210,7 +210,7 @@ class ScaleShift(nn.Module):
 def show_scale_shift():
     torch.manual_seed(0)
     embed, layer = TimeEmbedding(dim=16), ScaleShift(4 * 16, channels=4)
-    nn.init.normal_(layer.linear.weight, std=1.5)  # a new layer changes little; these larger weights make it visible
+    nn.init.normal_(layer.linear.weight, std=1.5)  # a new layer changes little; larger weights show the effect
     t = torch.linspace(0, 100, 6)
     x = F.interpolate(torch.randn(1, 4, 4, 4), size=(16, 16), mode="bicubic").expand(6, -1, -1, -1)  # smooth blobs
     with torch.no_grad():

@@ -20,12 +20,12 @@ import lesson_tools as tools
 
 
 # %% 1. Why: the rabbit's ear
-# One ear of a rabbit is brown. How does the other ear, on the far side of the image, get the same brown? A 3×3
-# convolution carries it one pixel per layer. The gradient shows what an output pixel depends on: it is exactly zero for
-# every input pixel outside the output pixel's receptive field. (There is no rabbit in our data, so we take a pixel
-# inside a garment.)
+# One ear of a rabbit is brown. How does the other ear, on the far side of the image, get the same brown? Each 3×3
+# convolution carries it just one pixel farther. The input pixels that an output pixel depends on are its receptive
+# field. The gradient shows them: outside the field, it is exactly zero. (There is no rabbit in our data, so we take a
+# pixel inside a garment.)
 #
-# Shapes in comments are written as einops writes them: n images, c channels, h rows, w columns; (h w) is one axis.
+# Comments give shapes in einops notation: n images, c channels, h rows, w columns; (h w) is a single axis.
 def input_gradient(layer, x, row, column):
     """How much one pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the gradient's size, `(h, w)`."""
     x = x.detach().requires_grad_()
@@ -51,16 +51,16 @@ def show_reach():
 
 
 # %% 2. Attention: the original value plus a weighted average
-# Attention works on a sequence of tokens, which are vectors. From each token, three linear layers make a query (what it
-# looks for), a key (what it offers) and a value (what it hands over). How well a query fits a key is their dot product,
-# the score. Softmax turns a query's scores into weights, and the token gets the average of all values with these
-# weights. It adds the average to itself: "the original value plus a weighted average", as the lecture puts it.
+# Attention works on a sequence of tokens. Each token is a vector, and three linear layers turn it into a query (what it
+# looks for), a key (what it offers) and a value (what it hands over). The dot product of a query and a key, the score,
+# says how well they match. Softmax turns a token's scores into weights, and the token adds the average of all values,
+# with these weights, to itself: "the original value plus a weighted average", as the lecture puts it.
 #
-#     softmax(Q Kᵀ / √d) V        row i of Q, K, V: token i; s tokens, each d wide; `.mT` swaps the last two axes
+#     softmax(Q Kᵀ / √d) V        Q, K, V: s rows, one for each token, d wide; `.mT` swaps the last two axes
 def attention_weights(q, k):
     """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i attends to every token, and
     sums to 1 (Vaswani et al. 2017, section 3.2.1)."""
-    scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 6 says why they are divided
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 6 says why we divide
     return scores.softmax(dim=-1)
 
 
@@ -70,8 +70,8 @@ def attention(q, k, v):
 
 
 # Three tokens: their four numbers say how much ear, grass, brown and green each contains. Both ears offer "ear", but
-# only the left one has a colour. So the right ear's query asks for an ear with a colour, and most of its average comes
-# from there. (These projections are made up, of 1, 0 and -1. A layer learns them.)
+# only the left one has a colour. So the right ear's query asks for an ear with a colour, and it gets most of its
+# average from the left one. (We made up these projections, of 1, 0 and -1. A layer learns them.)
 TOKENS, FEATURES = ("left ear", "right ear", "grass"), ("ear", "grass", "brown", "green")
 X = torch.tensor([[2.0, 0, 2, 0], [2, 0, 0, 0], [0, 2, 0, 2]])  # s d
 TO_Q = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 0, -1, 0], [0, 0, -1, 0]])  # third column: is a colour missing?
@@ -101,9 +101,9 @@ def show_tokens():
 
 
 # %% 3. Why softmax
-# Why not use the scores themselves as weights? Softmax's weights are positive and sum to one, so every average stays
-# between the smallest and the largest value of its channel. (The sum of token and average still grows. The norm at the
-# start of a layer keeps what is added from growing with the token, so the sum doesn't grow by a factor per layer.)
+# Why not use the scores themselves as weights? They can have any sign and size. Softmax's weights are positive and sum
+# to one, so no average leaves the range of its channel's values. (The sum of token and average still grows. But a layer
+# starts with a norm, so what it adds doesn't grow with the token: the sum grows, but not by a factor per layer.)
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -112,12 +112,12 @@ def show_average():
     sums = (q @ k.mT / math.sqrt(16)) @ v  # s d
     print(f"   q, k, v {tuple(q.shape)} -> weights {tuple(weights.shape)} -> averages {tuple(averages.shape)}")
     print(f"   rows sum to one within {(weights.sum(dim=-1) - 1).abs().max():.0e}; smallest weight {weights.min():.0e}")
-    for name, part in {"values": v, "averages": averages, "sums with the scores as weights": sums}.items():
+    for name, part in {"values": v, "averages": averages, "sums weighted by the raw scores": sums}.items():
         print(f"   channel 0 of the {name}: from {part[:, 0].min():.1f} to {part[:, 0].max():.1f}")
 
 
 # %% 4. An image is a sequence of pixels
-# The lecture flattens an image: each pixel is a token, row after row.
+# The lecture flattens an image: each pixel becomes a token, row after row.
 def pixel_attention(x):
     """Attention between the pixels of `(n, c, h, w)`, with the pixels themselves as queries, keys and values."""
     tokens = x.flatten(2).mT  # n c h w -> n c (h w) -> n (h w) c
@@ -125,12 +125,12 @@ def pixel_attention(x):
     return averages.mT.unflatten(2, x.shape[2:])  # n c h w
 
 
-# We don't need to learn anything for a first look. Let a pixel's token be the 5×5 patch around it, and query = key =
-# token: patches that look alike get the highest scores, wherever they are (compare non-local means, Buades et al.
-# 2005). We normalise the patches first, or the one with the largest numbers would always win. A flat patch becomes
-# zero: all its scores are equal, and it attends evenly to everything.
+# For a first look, nothing has to be learned. Let a pixel's token be the 5×5 patch around it, and query = key = token:
+# patches that look alike get the highest scores, wherever they are (compare non-local means, Buades et al. 2005). We
+# normalise the patches first, or the one with the largest numbers would always win. A patch of constant brightness
+# becomes zero: all its scores are equal, so it attends evenly to everything.
 def patch_tokens(images):
-    """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, 25)`. Outside is background."""
+    """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, 25)`. Padded with background."""
     patches = F.unfold(F.pad(images, [2] * 4, value=-1), 5).mT  # n (h w) 25
     return F.layer_norm(patches, patches.shape[-1:])
 
@@ -146,13 +146,13 @@ def show_one_pixel():
     figure, axes = plt.subplots(2, 4, figsize=(8, 4.7))
     for i, (above, below) in zip((1, 4, 6, 7), axes.T, strict=True):
         label = i % len(classes)  # other data may have fewer
-        column = (images[label, 0, row] > -0.5).int().argmax().item()  # in this row, where the garment begins
+        column = (images[label, 0, row] > -0.5).int().argmax().item()  # where the garment begins in this row
         tokens = patch_tokens(images[label, None])
         weights = attention_weights(tokens, tokens)[0, row * 28 + column].unflatten(0, (28, 28))  # h w
         distant = (columns - column).abs() > 5
         share, even = weights[:, distant].sum(), distant.float().mean()
-        print(f"   {classes[label]}: {share:.0%} is over five columns away, where no 11 × 11 convolution gets", end=" ")
-        print(f"(even weights: {even:.0%})")
+        print(f"   {classes[label]}: {share:.0%} of the weight is over five columns away, beyond the reach", end=" ")
+        print(f"of an 11 × 11 convolution (even weights: {even:.0%})")
         tools.plot_image(above, images[label, 0], classes[label])
         tools.plot_image(below, weights, f"{share:.0%} far away (even: {even:.0%})", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
@@ -163,11 +163,11 @@ def show_one_pixel():
 
 # %% 5. What flattening loses
 # Attention comes from language models, whose tokens really form a sequence. Flattening an image into one is a hack, as
-# the lecture says, and known not to be the best way. It loses which tokens were neighbours, because attention is
+# the lecture says, and known not to be the best way. Attention can't see which pixels were neighbours, because it is
 # permutation-equivariant: if you permute its input, its output is permuted in the same way, and nothing else changes.
 #
-# A U-Net can live with that: the convolutions around the attention have put some of its neighbourhood into each pixel.
-# A transformer (section 14) needs a positional encoding, such as a vector for each position.
+# A U-Net can live with that, because its convolutions have already mixed each pixel with its neighbours. A transformer
+# (section 14) needs a positional encoding, such as a learned vector for each position.
 def permute_pixels(x, order):
     """Pixel i of the result is pixel order[i] of x `(n, c, h, w)`, counted row after row."""
     return x.flatten(2)[:, :, order].unflatten(2, x.shape[2:])
@@ -182,13 +182,13 @@ def relative_error(result, expected):
 def show_shuffled_pixels():
     torch.manual_seed(0)
     images, _, name = tools.load_one_of_each()
-    x = nn.Conv2d(1, 8, 1)(images[-1:]).detach().double()  # n c h w: eight channels, each pixel for itself
+    x = nn.Conv2d(1, 8, 1)(images[-1:]).detach().double()  # n c h w: eight channels, made pixel by pixel
     order, pictures = torch.randperm(28 * 28), []
     layers = {"attention": pixel_attention, "convolution": nn.Conv2d(8, 8, 3, padding=1).double()}
     for kind, layer in layers.items():
         plain, shuffled = layer(x).detach(), layer(permute_pixels(x, order)).detach()
         restored = permute_pixels(shuffled, order.argsort())
-        print(f"   {kind}, its pixels put back in order: relative difference {relative_error(restored, plain):.0e}")
+        print(f"   {kind}, shuffled and put back in order: relative difference {relative_error(restored, plain):.0e}")
         low, high = plain[0, 0].min(), plain[0, 0].max()
         pictures += [2 * (part[0, :1] - low) / (high - low) - 1 for part in (plain, shuffled, restored)]
     titles = ("of the garment", "of shuffled pixels", "put back in order")
@@ -197,11 +197,11 @@ def show_shuffled_pixels():
 
 
 # %% 6. Why the scores are divided by √d
-# A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, it has
-# variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to one
-# winner. In a row that is nearly one-hot the gradient is nearly zero: what the token picked at random, it hardly
-# unlearns. The other rows get much larger gradients: for their queries, 30 times those of divided scores at d = 256.
-# Divided, no row is one-hot, and weights and gradients are about the same at every width.
+# A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, the
+# sum has variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to
+# one winner. In a row that is nearly one-hot, the gradient is nearly zero, so a token hardly unlearns a winner that it
+# picked at random. The other rows get much larger gradients: at d = 256, those of their queries are 30 times as large
+# as with the division. With it, no row is one-hot, and weights and gradients are about the same at every width.
 @tools.section
 def show_division():
     torch.manual_seed(0)
@@ -213,15 +213,15 @@ def show_division():
             largest[name].append(weights.amax(dim=-1).mean())
             mean = largest[name][-1]
             print(f"   d {d:3} {name:14} scores ± {scores.std():5.2f}, largest weight {mean:.2f}")
-    title = "Undivided scores of wide tokens leave one winner among 256"
+    title = "Without √d, one of 256 wide tokens takes most of the weight"
     labels = {"xscale": "log", "xlabel": "width d", "ylabel": "largest weight (mean of 256 rows)", "ylim": (0, 1)}
     return tools.plot_curves(title, dims, largest, **labels)
 
 
 # %% 7. A layer
-# A layer starts with a group norm, so that scores don't grow with x (section 2 of 03 says why this norm). Three learned
-# projections of the same tokens, hence *self*-attention, give queries, keys and values. Then come attention, an output
-# projection and a residual.
+# A layer starts with a group norm, so that scores don't grow with x (section 2 of 03 says why not batch norm). Three
+# learned projections of the same tokens, hence *self*-attention, give queries, keys and values. Then come attention, an
+# output projection and a residual connection.
 class SelfAttention(nn.Module):
     """Every pixel attends to all pixels, and adds the average to itself. Activations `(n, c, h, w)` in and out (Ho et
     al. 2020, appendix B)."""
@@ -236,17 +236,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         tokens = self.norm(x).flatten(2).mT  # n c h w -> n (h w) c
-        attended = attention(self.q(tokens), self.k(tokens), self.v(tokens))  # n (h w) c, by weights n (h w) (h w)
+        attended = attention(self.q(tokens), self.k(tokens), self.v(tokens))  # n (h w) c, with weights n (h w) (h w)
         return x + self.proj(attended).mT.unflatten(2, x.shape[2:])  # n c h w
 
 
 # Three projections of the same tokens are one projection with three times as many outputs; `chunk` cuts the result into
 # three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
-# The lecture looks at the standard deviation after its layer. In a new one, scores are small and weights nearly even,
-# and an average of many independent pixels, as here, varies much less than they do (what is left is mostly the biases).
-# So the branch adds little, and the output nearly equals the input. (In a real image the pixels share a mean, and the
-# average keeps it. So the branch adds more: nearly the same vector to every pixel.)
+# The lecture looks at the standard deviation after its layer. In a new layer, scores are small, so weights are nearly
+# even. Here the pixels are independent, so their average varies much less than they do (what is left is mostly the
+# biases). So the branch adds little, and the output nearly equals the input. (The pixels of a real image share a mean,
+# and their average keeps it, so the branch adds more: nearly the same vector to every pixel.)
 @tools.section
 def show_layer():
     torch.manual_seed(0)
@@ -263,9 +263,9 @@ def show_layer():
 
 
 # %% 8. Several heads, by hand
-# One set of weights gives a token one average. Several heads give it several: each head has its own queries, keys and
-# values, d = c / heads wide, projected from *all* channels. The averages are concatenated. It takes the lecture two
-# more lines of code: one folds the heads into the batch, as if each head were an image; the other unfolds them.
+# One set of weights gives a token one average; several heads give it several. Each head has its own queries, keys and
+# values, d = c / heads wide, projected from *all* channels, and the averages are concatenated. This takes the lecture
+# two more lines of code: one folds the heads into the batch, as if each head were an image; the other unfolds them.
 def heads_to_batch(tokens, heads):
     """`(n, s, c)` to `(n heads, s, c / heads)`."""
     n, s, c = tokens.shape
@@ -274,7 +274,7 @@ def heads_to_batch(tokens, heads):
 
 
 def batch_to_heads(tokens, heads):
-    """The way back: `(n heads, s, d)` to `(n, s, heads d)`."""
+    """The inverse of `heads_to_batch`: `(n heads, s, d)` to `(n, s, heads d)`."""
     folded, s, d = tokens.shape
     # (n heads) s d -> n heads s d -> n s heads d -> n s (heads d)
     return tokens.view(folded // heads, heads, s, d).transpose(1, 2).reshape(folded // heads, s, heads * d)
@@ -283,7 +283,7 @@ def batch_to_heads(tokens, heads):
 @tools.section
 def show_heads():
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 64, 32)  # n s c, each: projections of the tokens
+    q, k, v = torch.randn(3, 2, 64, 32)  # n s c, each: stand-ins for projected tokens
     folded = attention(*(heads_to_batch(part, 4) for part in (q, k, v)))  # (n heads) s d
     joined = batch_to_heads(folded, 4)  # n s (heads d)
     print(f"   q {tuple(q.shape)} -> {tuple(heads_to_batch(q, 4).shape)}; averages {tuple(folded.shape)}", end=" ")
@@ -294,11 +294,11 @@ def show_heads():
 
 
 # %% 9. rearrange
-# To read `view(...).transpose(1, 2).reshape(...)`, you have to keep count of the axes. `view` moves no axis;
-# `transpose` moves axes by number, `rearrange` by name. So you can read it, and it can check its input.
+# To read `view(...).transpose(1, 2).reshape(...)`, you have to count axes in your head: `view` moves none, and
+# `transpose` moves them by number. `rearrange` moves them by name, so you can read it, and it can check its input.
 #
-# Brackets on the left split an axis (give the sizes of all its parts but one), brackets on the right join axes; the
-# last name in brackets varies fastest. Each entry: a shape, rearrange's arguments, the same by hand.
+# Brackets on the left split an axis (give the sizes of all its parts but one); brackets on the right join axes. The
+# last name in brackets varies fastest. Each entry below: a shape, the arguments of `rearrange`, and the same by hand.
 TOKEN_SHAPE, IMAGE_SHAPE = (2, 64, 32), (2, 32, 8, 8)
 EXAMPLES = [
     (TOKEN_SHAPE, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
@@ -328,14 +328,13 @@ def show_rearrange():
     tokens = rearrange(images[:6, 0], "n h w -> (h w) n")
     n = tokens.shape[1]
     pictures = torch.cat([rearrange(tokens, "(h w) n -> n h w", h=28), tokens.reshape(n, 28, 28)])[:, None]
-    title = f"From tokens (h w) n: reshape gives wrong pixels without an error ({name})"
+    title = f"Back from (h w) n: reshape scrambles the pixels without an error ({name})"
     return tools.plot_grid(title, pictures, n, ["rearrange", "reshape"])
 
 
 # %% 10. The layer with heads
 # The heads can also keep an axis of their own: matrix multiplication treats all axes before the last two as a batch.
-# (The lecture splits off the heads first, and q, k and v second, so the rows of its weights come in another order. Ours
-# is the order of PyTorch's class.)
+# (The lecture splits off the heads before q, k and v, so its weight rows come in another order; ours match PyTorch's.)
 class MultiHeadSelfAttention(nn.Module):
     """Every token attends to all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
@@ -367,9 +366,9 @@ class MultiHeadSelfAttention(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """The same for pixels, with norm and residual: activations `(n, c, h, w)` in and out.
+    """Multi-head attention between pixels, with norm and residual: activations `(n, c, h, w)` in and out.
 
-    groups: of the group norm. Raises ValueError if heads or groups don't divide channels.
+    groups: how many the group norm has. Raises ValueError if heads or groups don't divide channels.
     """
 
     def __init__(self, channels, heads, groups=1, attention_fn=attention):
@@ -400,14 +399,14 @@ def show_block():
 
 
 # %% 11. What heads are for
-# Every pixel of an image has a pattern of six numbers. Two pixels, at random positions, are marked as the left and the
-# right ear; the answer, at every pixel, is both patterns, the left ear's first. One head gets one average of the two.
-# Its values are linear in the pixel, so both ears write into the same channels, and about half of the answer is lost.
-# Two heads look at one ear each.
+# A toy task: every pixel of an image holds a pattern of six numbers, and two pixels, at random positions, are marked as
+# the left and the right ear. Every pixel must output both ears' patterns, the left ear's first. With one head, a pixel
+# gets one average of the two ears. The values are linear in the pixel, so both ears write into the same channels, and
+# about half of the answer is lost. With two heads, each can attend to one ear.
 #
-# This holds as long as the values are linear in the pixel. After a nonlinear layer, each ear could write into channels
-# of its own: with 96 hidden channels, one of two runs of 1,000 steps learned that (error 0.002; the other, 0.49). Two
-# heads need less luck: of eight runs, seven learned it in 200 steps.
+# One head fails only as long as the values are linear in the pixel. After a nonlinear layer, each ear could write into
+# channels of its own: with 96 hidden channels, one of two runs learned that in 1,000 steps (error 0.002; the other,
+# 0.49). Two heads need less luck: seven of eight runs learned the task in 200 steps.
 SIDE, PATTERN = 5, 6
 
 
@@ -421,12 +420,12 @@ def make_ears(n):
 
 
 def ear_error(model, images, answers):
-    """Mean squared error over all pixels: 1 where nothing is known (the patterns have variance 1), 0 where all is."""
+    """Mean squared error over all pixels: 0 for perfect answers, 1 for all zeros (the patterns have variance 1)."""
     return (model(images) - answers[:, :, None, None]).square().mean()
 
 
 def train_ears(heads, steps=200):
-    """A model trained to give the patterns of both ears at every pixel."""
+    """A model trained to output the patterns of both ears at every pixel."""
     torch.manual_seed(0)
     layers = nn.Conv2d(PATTERN + 2, 24, 1), AttentionBlock(24, heads), nn.Conv2d(24, 2 * PATTERN, 1)
     model = nn.Sequential(*layers)
@@ -462,16 +461,15 @@ def show_ears():
 def to_torch_mha(layer):
     """PyTorch's `nn.MultiheadAttention` with a copy of the weights of our MultiHeadSelfAttention."""
     twin = nn.MultiheadAttention(layer.proj.in_features, layer.heads, batch_first=True)
-    twin = twin.to(layer.qkv.weight)  # its type, its device
+    twin = twin.to(layer.qkv.weight)  # the same dtype and device
     state = {f"in_proj_{name}": parameter for name, parameter in layer.qkv.state_dict().items()}
     state |= {f"out_proj.{name}": parameter for name, parameter in layer.proj.state_dict().items()}
     twin.load_state_dict(state)
     return twin
 
 
-# PyTorch's class expects (s, n, c) unless batch_first=True says otherwise. Given (n, s, c), it can't see that anything
-# is wrong: it takes images for tokens and tokens for images. Each pixel then attends to the same pixel of all
-# images.
+# PyTorch's class expects (s, n, c) unless batch_first=True says otherwise. Given (n, s, c), it can't notice the
+# mistake: it takes images for tokens and tokens for images, so each pixel attends to the same pixel of all images.
 @tools.section
 def show_torch():
     torch.manual_seed(0)
@@ -481,21 +479,22 @@ def show_torch():
     changed = tokens.clone()
     changed[1] += 1
     for name, model in {"with batch_first=True": twin, "without": careless}.items():
-        result, after = (model(x, x, x)[0] for x in (tokens, changed))  # of queries, keys, values; [1]: the weights
+        result, after = (model(x, x, x)[0] for x in (tokens, changed))  # takes q, k and v; [1] would be the weights
         error = relative_error(result, layer(tokens))
         print(f"   {name}: {tuple(tokens.shape)} -> {tuple(result.shape)}, off by {error:.0e};")
         print(f"      a change to image 1 changes image 0 by {relative_error(after[0], result[0]):.0e}")
 
 
 # %% 13. The fused kernel, and where to put attention
-# Every pixel attends to every pixel: twice the side is four times the tokens and sixteen times the weights. All weights
-# of an image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao et al. 2022)
-# computes a block of weights, uses it and forgets it, and computes it anew for the backward pass. So it never holds
-# more than a block; and for large images it is faster although it computes more, as memory is slow. But it is still
-# every pixel with every pixel: its time grows in the same way. That is why many U-Nets attend at low resolutions only,
-# where a pixel also stands for a whole region.
+# Every pixel attends to every pixel, so twice the side means four times the tokens and sixteen times the attention
+# weights. Those of one image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao
+# et al. 2022) computes a block of weights, uses it, forgets it, and computes it again for the backward pass. So it
+# never holds more than one block. For large images it is also faster, although it computes more: memory is slow.
+#
+# But every pixel still meets every pixel, so the kernel's time grows in the same way. That is why many U-Nets have
+# attention at low resolutions only, where a pixel also stands for a whole region.
 def fused_attention(q, k, v):
-    """`F.scaled_dot_product_attention`, but on a CPU never in bfloat16, which takes several times as long backwards."""
+    """`F.scaled_dot_product_attention`; on a CPU never in bfloat16, whose backward pass takes several times as long."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
@@ -503,27 +502,27 @@ def fused_attention(q, k, v):
 
 
 def measure_seconds(layers, x, enough=0.5):
-    """Seconds of a forward and backward pass of each layer: the fastest of at least two rounds, and of as many more (up
-    to 20) as fit into `enough` seconds. Whatever else the machine has to do only adds to a time."""
-    rounds = []  # the layers take turns, so that a disturbance doesn't meet the same one every time
+    """Seconds for a forward and backward pass of each layer: the fastest of 2 to 20 rounds, as many as fit into
+    `enough` seconds. The fastest, because whatever else the machine is doing can only add time."""
+    rounds = []  # the layers take turns, so a disturbance doesn't always hit the same one
     began = time.perf_counter()
     while len(rounds) < 2 or (len(rounds) < 20 and time.perf_counter() - began < enough):
         times = [time.perf_counter()]
         for layer in layers:
             layer(x).sum().backward()
             if x.is_cuda:
-                torch.cuda.synchronize()  # or we would not wait for it
+                torch.cuda.synchronize()  # wait until the GPU is done
             times.append(time.perf_counter())
         rounds.append(np.diff(times))
     return np.min(rounds, axis=0).tolist()
 
 
 def saved_bytes(layer, x, *inputs):
-    """Bytes that autograd keeps of `layer(x, *inputs)` for the backward pass, of one image and without parameters."""
+    """Bytes that autograd keeps for the backward pass of `layer(x, *inputs)`, for one image, without the parameters."""
     x = x[:1].detach().clone().requires_grad_()
     kept = {}  # by address: several views of one tensor count once
 
-    def keep(tensor):  # autograd calls it for each tensor that it saves
+    def keep(tensor):  # autograd calls this for each tensor it saves
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
@@ -535,7 +534,7 @@ def saved_bytes(layer, x, *inputs):
 
 
 def cost_layers(channels=64, heads=8):
-    """What is compared: attention by hand, the same fused, and a convolution."""
+    """The layers to compare: attention by hand, the same fused, and a convolution."""
     by_hand, fused = (AttentionBlock(channels, heads, attention_fn=kind) for kind in (attention, fused_attention))
     return {"by hand": by_hand, "fused": fused, "3×3 convolution": nn.Conv2d(channels, channels, 3, padding=1)}
 
@@ -561,15 +560,16 @@ def show_cost():
     for axis, lines, label in zip(axes, (seconds, kept), ("milliseconds", "megabytes kept"), strict=True):
         tools.plot_lines(axis, SIDES, lines, xlabel="side of the image", ylabel=label, xscale="log", yscale="log")
     ratios = ", ".join(f"{name} {values[-1] / values[-2]:.0f} times" for name, values in seconds.items())
-    figure.suptitle(f"{SIDES[-1]} pixels a side instead of {SIDES[-2]} take: {ratios}", fontsize=11)
+    said = f"(time at {SIDES[-1]} pixels a side, relative to {SIDES[-2]}: {ratios})"
+    figure.suptitle(f"Doubling the side slows attention more than convolution\n{said}", fontsize=11)
     return figure
 
 
 # %% 14. Transformers
-# Attention carries information from token to token; what a token makes of it is the work of a small network, the same
-# for all tokens. The two in turn, each with a norm and a residual, are a transformer. LayerNorm normalises each token
-# by itself. The lecture suggests a stack of such blocks for the middle of a U-Net, with pixels as tokens. Ours is the
-# same function as PyTorch's `nn.TransformerEncoder`.
+# Attention carries information from token to token; then a small network, the same for all tokens, processes each token
+# separately. Alternate the two, each with a norm and a residual, and you have a transformer. Its LayerNorm normalises
+# each token by itself. The lecture suggests a stack of such blocks for the middle of a U-Net, with pixels as tokens.
+# Ours computes the same function as PyTorch's `nn.TransformerEncoder`.
 class TransformerBlock(nn.Module):
     """Tokens `(n, s, c)` in and out. Raises ValueError if heads doesn't divide channels.
 
@@ -603,15 +603,15 @@ def to_torch_encoder(blocks):
 class VisionTransformer(nn.Module):
     """Images `(n, channels_in, size, size)` to a score for each class, `(n, n_classes)`.
 
-    A token is a patch of `patch × patch` pixels, and a learned vector says where it was (Dosovitskiy et al. 2021, who
-    classify one more token's output where we take the mean of all). Raises ValueError if patch doesn't divide size,
-    or heads doesn't divide channels.
+    A token is a patch of `patch × patch` pixels; a learned vector says where the patch was. Dosovitskiy et al. 2021
+    classify the output of an extra token; we classify the mean over all patches. Raises ValueError if patch doesn't
+    divide size, or heads doesn't divide channels.
     """
 
     def __init__(self, size=28, patch=4, channels=64, depth=4, heads=4, n_classes=10, channels_in=1):
         super().__init__()
         if patch < 1 or size % patch:
-            raise ValueError(f"the side of a patch must divide that of the image, got {patch} and {size}")
+            raise ValueError(f"the patch side must divide the image side, got {patch} and {size}")
         self.patch = patch
         self.embed = nn.Linear(channels_in * patch**2, channels)
         self.positions = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, channels))  # s c
@@ -632,16 +632,16 @@ class VisionTransformer(nn.Module):
         return self.classify(self.encode(x).mean(dim=1))  # n s c -> n c -> n n_classes
 
 
-# The model has 49 learned position vectors, one for each patch of 28 × 28 pixels. So it can't take 32 × 32 pixels, as
-# the error below says: those have 64 patches.
+# The model has 49 learned position vectors, one for each patch of a 28 × 28 image. A 32 × 32 image has 64 patches, so
+# the model can't take it: the error below says so.
 #
-# A convolution has built in that neighbours belong together; a transformer has to learn it from data. So it is
-# pre-trained: with 300 million labelled images it passed the convolutional nets of its day (Dosovitskiy et al. 2021).
-# It can also learn without labels, by filling in hidden patches (Xie et al. 2022).
+# A convolution knows from the start that neighbours belong together; a transformer has to learn it from data. So it is
+# pre-trained: with 300 million labelled images it beat the convolutional nets of its day (Dosovitskiy et al. 2021). It
+# can also learn without labels, by filling in hidden patches (Xie et al. 2022).
 #
-# With few labelled garments it falls behind a convolutional net with as many parameters. Pre-trained without labels on
-# all 60,000, it closes four fifths of the gap if 600 have labels, and half of it if 2,400 or 9,600 have
-# (docs/data_efficiency.png, by tests/measure_data_efficiency.py).
+# With few labelled garments, ours falls behind a convolutional net with as many parameters. Pre-training it without
+# labels on all 60,000 images closes four fifths of the gap if 600 have labels, and half of it if 2,400 or 9,600 have
+# (docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
 @tools.section
 def show_transformer():
     torch.manual_seed(0)
@@ -651,9 +651,9 @@ def show_transformer():
     print("   " + " -> ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
     shuffled = patches[:, torch.randperm(patches.shape[1])]
     shuffled = rearrange(shuffled, "n (h w) (p1 p2 c) -> n c (h p1) (w p2)", h=7, p1=4, p2=4)
-    print(f"   patches in disorder change its answer by {relative_error(model(shuffled), model(image)):.0e}")
+    print(f"   shuffled patches change its answer by {relative_error(model(shuffled), model(image)):.0e}")
     model.positions.zero_()
-    print(f"   and without the positions by {relative_error(model(shuffled), model(image)):.0e}")
+    print(f"   without position vectors, only by {relative_error(model(shuffled), model(image)):.0e}")
     try:
         model(F.pad(image, [2] * 4))
     except RuntimeError as error:
@@ -661,21 +661,21 @@ def show_transformer():
     pixels = rearrange(torch.randn(2, 32, 7, 7), "n c h w -> n (h w) c")
     middle = nn.Sequential(*(TransformerBlock(32, heads=4) for _ in range(3)))
     error = relative_error(to_torch_encoder(list(middle))(pixels), middle(pixels))
-    print(f"   three blocks, as for the middle of a U-Net, and nn.TransformerEncoder: off by {error:.0e}")
+    print(f"   three blocks for the middle of a U-Net against nn.TransformerEncoder: off by {error:.0e}")
 
 
 # %% 15. Attention elsewhere: prompts, masks, positions
 # If the queries come from the pixels of an image, and the keys and values from the words of a prompt, that is
 # cross-attention. This is how a prompt enters Stable Diffusion's U-Net (Rombach et al. 2022).
 def cross_attention(pixels, words, to_q, to_k, to_v):
-    """Pixels `(n, s, c)` attend to words `(n, words, c_words)`, by weights `(n, s, words)`; to_…: linear layers."""
+    """Pixels `(n, s, c)` attend to words `(n, words, c_words)` with weights `(n, s, words)`; to_…: linear layers."""
     return attention(to_q(pixels), to_k(words), to_v(words))
 
 
 # A language model writes one word at a time, so no token may attend to later ones. A causal mask sets their scores to
-# minus infinity, which softmax makes a weight of zero. Attention without a mask knows no order, so transformers need a
-# positional encoding. The first ones add it to the tokens: the sines and cosines of 01, or learned vectors as in
-# section 14. Many newer ones turn queries and keys instead, by angles as in section 5 of 01.
+# minus infinity, and softmax turns that into weights of zero. Attention without a mask is blind to order, so
+# transformers need a positional encoding. The early ones add it to the tokens: the sines and cosines of 01, or learned
+# vectors as in section 14. Many newer ones rotate queries and keys instead, by angles as in section 5 of 01.
 def causal_attention(q, k, v):
     """Each token attends to itself and to earlier ones: queries, keys and values `(..., s, d)` to `(..., s, d)`."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s
@@ -695,17 +695,17 @@ def show_elsewhere():
 
 # %% 16. Attention can be a convolution
 # A 3×3 convolution is nine heads, each attending to one of the nine pixels under the kernel (Cordonnier et al. 2020).
-# The scores depend on positions only: minus the squared distance of a pixel at i from the wanted one at j, times a
-# number so large that this pixel gets all the weight. (It is a dot product of position features:
-# -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the border there is no wanted pixel. Softmax would give the weight to the
-# nearest pixel, but a convolution finds a zero there. So we add a token of zeros, at a squared distance of 0.5: farther
+# The scores depend on positions only. If a head wants pixel j, pixel i's score is minus their squared distance, times a
+# number so large that j itself gets all the weight. (This too is a dot product, of position features:
+# -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the border there is no pixel to want. Softmax would give the weight to the
+# nearest one, but a convolution reads a zero there. So we add a token of zeros, at a squared distance of 0.5: farther
 # than the wanted pixel, closer than any other.
 #
-# Here the value of a pixel is *all* its channels, in every head. In section 10's layer nine heads would share them:
-# each could apply only a matrix of rank at most c / 9, and not every convolution consists of such matrices.
+# In every head, a pixel's value is *all* its channels. In section 10's layer, nine heads would share them: each could
+# apply only a matrix of rank at most c / 9, and not every convolution can be built from such matrices.
 class PositionAttention(nn.Module):
-    """Attention by position alone: head i attends to the pixel offsets[i] away, `(rows, columns)`, or beyond the
-    border to zeros. Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""
+    """Attention by position alone: head i attends to the pixel offsets[i] `(rows, columns)` away, or to zeros beyond
+    the border. Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""
 
     def __init__(self, channels_in, channels_out, offsets, bias=True):
         super().__init__()
@@ -713,7 +713,7 @@ class PositionAttention(nn.Module):
         self.proj = nn.Linear(len(offsets) * channels_in, channels_out, bias=bias)
 
     def scores(self, height, width):
-        """`(heads, h w, h w + 1)`: of each pixel for all pixels, and last for the token of zeros."""
+        """`(heads, h w, h w + 1)`: each pixel's scores for all pixels and, last, for the token of zeros."""
         rows, columns = (torch.arange(size).to(self.offsets) for size in (height, width))
         pixels = torch.cartesian_prod(rows, columns)  # (h w) 2
         wanted = pixels + self.offsets[:, None]  # heads (h w) 2
@@ -729,15 +729,15 @@ class PositionAttention(nn.Module):
 
 
 def attention_from_convolution(conv):
-    """An attention layer that is the same function as a 3×3 convolution, on images of any size, borders included (in
-    float32). Raises ValueError for anything but an `nn.Conv2d` with the settings in `expected`."""
+    """An attention layer that computes the same function as a 3×3 convolution, on images of any size, borders included
+    (in float32). Raises ValueError for anything but an `nn.Conv2d` with the settings in `expected`."""
     expected = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "padding_mode": "zeros"}
     expected |= {"dilation": (1, 1), "groups": 1}
     if not isinstance(conv, nn.Conv2d) or any(getattr(conv, name) != value for name, value in expected.items()):
         raise ValueError(f"expected an nn.Conv2d with {expected}, got {conv}")
     offsets = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
     layer = PositionAttention(conv.in_channels, conv.out_channels, offsets, bias=conv.bias is not None)
-    layer.to(conv.weight)  # its type, its device
+    layer.to(conv.weight)  # the same dtype and device
     weight = rearrange(conv.weight, "out c rows columns -> out (rows columns c)")
     layer.proj.load_state_dict(conv.state_dict() | {"weight": weight})  # and its bias, if it has one
     return layer
