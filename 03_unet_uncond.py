@@ -1,7 +1,7 @@
 """Lesson 3: a U-Net learns to remove noise, and so to make garments.
 
-First the network without time, built in small steps; then noise and time; then sampling; last, the training loop
-(lecture sections "U-Net" and "unconditional model"; notebook 26).
+We build the network first, in small steps and without time; then come noise and time, then sampling, and at the end the
+training loop (lecture sections "U-Net" and "unconditional model"; notebook 26).
 
     python 03_unet_uncond.py [--no-time] [--epochs E] [--help]   trains the unconditional model and samples from it
     python 03_unet_uncond.py --show                              prints and draws what the sections say, in two minutes
@@ -28,12 +28,12 @@ lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` isn't 
 
 
 # %% 1. A convolution comes after its norm and its activation
-# A signal must survive every layer, or the last ones never see the image. A shortcut, x + ..., lets it pass; but an
-# activation *after* the sum, as in the lecture's first residual blocks, bends it again, block after block. Put norm and
-# activation in front of each convolution, and a block's output is a plain sum.
+# A signal must survive every layer, or the last ones never see the image. A shortcut, x + ..., lets it through; but an
+# activation *after* the sum, as in the lecture's first residual blocks, bends it again, block after block. Put the norm
+# and the activation before each convolution instead, and a block's output is a plain sum.
 #
-# The same layers in both orders; x is `(n, c, h, w)` all the way. Every branch is scaled to the same size, so the order
-# is all that differs. (Unscaled, the difference is even larger: the last norm makes its branch as large as the signal.)
+# Here are the same layers in both orders; x stays `(n, c, h, w)`. Every branch is scaled to the same size, so only the
+# order differs. (Unscaled, the difference is even larger: a norm at the end makes the branch as large as the signal.)
 def unit(h):
     return h / h.std()
 
@@ -52,7 +52,7 @@ def activate_first(x, convs, norms):
 
 @torch.no_grad()
 def signal_through(block, x):
-    """x `(n, 16, h, w)` and the activations after each of 20 new blocks."""
+    """A list: x `(n, 16, h, w)`, then the output of each of 20 new blocks."""
     torch.manual_seed(0)
     states = [x]
     for _ in range(20):
@@ -80,14 +80,15 @@ def show_order():
         print(f"   {label}: correlation with the input", *(f"{value:.2f}" for value in left[label]))
         pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
     first, last = (values[-1] for values in left.values())
-    title = f"Correlation after 20 blocks: {first:.2f} if activations come first, {last:.2f} if last ({name})"
+    said = f"(correlation after 20 blocks: {first:.2f}, if they come last {last:.2f}; {name})"
+    title = f"More of an image survives if activations come first\n{said}"
     return tools.plot_grid(title, torch.stack(pictures).clamp(-1, 1), 6, left, [f"after {i}" for i in shown])
 
 
 # %% 2. The residual block
-# So norm, activation and convolution are one layer, in this order. The norm is a group norm (Wu and He 2018): mean and
-# variance of some channels of one image. Batch norm, which the lecture uses, averages over the whole batch. Our batches
-# will mix noise levels, so one image's activations would depend on how noisy the others are.
+# So norm, activation and convolution form one layer, in this order. The norm is a group norm (Wu and He 2018), with the
+# mean and variance of a few channels of one image. Batch norm, which the lecture uses, averages over the whole batch.
+# Our batches will mix noise levels, so one image's activations would depend on how noisy the others are.
 class PreActConv(nn.Module):
     """GroupNorm, SiLU, 3×3 convolution: `(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
 
@@ -107,8 +108,8 @@ def zero_(layer):
     return layer
 
 
-# The output of two convolutions is added to the input. The last one starts at zero, so a new block changes nothing but
-# perhaps the width: the network begins as a short one, and each block joins in once it has learned something.
+# A block adds the output of two convolutions to its input. The second starts at zero, so a new block changes nothing
+# (except perhaps the width): the network starts out short, and each block joins in once it has learned something.
 class ResBlock(nn.Module):
     """Two pre-activation convolutions and a shortcut, which is a 1×1 convolution if the width changes."""
 
@@ -120,7 +121,7 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x, embedding=None):
-        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`. Section 8 needs the embedding; this block doesn't."""
+        """`(n, in_channels, h, w)` -> `(n, out_channels, h, w)`. The embedding, new in section 8, is ignored here."""
         return self.shortcut(x) + self.conv2(self.conv1(x))
 
 
@@ -132,16 +133,16 @@ def show_block():
     steps = {"x": x, "conv1": h, "conv2": wider.conv2(h), "shortcut(x)": wider.shortcut(x), "sum": wider(x)}
     print("   " + ", ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
     print(f"   a new block of the same width changes its input by {(ResBlock(16, 16, 4)(x) - x).abs().max():g}")
-    noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])  # the first image is the same
+    noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])  # the first image stays the same
     for name, norm in {"batch": nn.BatchNorm2d(16), "group": nn.GroupNorm(4, 16)}.items():
         change = (norm(noisier) - norm(x))[0].norm() / norm(x)[0].norm()
-        print(f"   {name} norm, and noise of 3 on the other images: this one's activations change by {change:.0%}")
+        print(f"   {name} norm: with noise of strength 3 on the others, an image's activations change by {change:.0%}")
 
 
 # %% 3. Saved: the up path will need what the down path computed
-# This mix-in keeps the output of the class to its right in the list of bases: `super()` is the next class in Python's
-# method resolution order. To the right of a module class it would never run: Python finds the module's `forward` first.
-# (A list of outputs would do for our U-Net. The lecture's way down is an `nn.Sequential`, which keeps no list.)
+# This mix-in saves the output of the class to its right in the list of bases: that class is `super()` in Python's
+# method resolution order. To the right of a module class it would never run: Python would find the module's `forward`
+# first. (A list of outputs would do for our U-Net. The lecture's down path is an `nn.Sequential`, which keeps no list.)
 class Saved:
     """Keeps a module's output until the up path takes it."""
 
@@ -159,7 +160,7 @@ class Saved:
 
 # The lecture's second way needs no inheritance: a function wraps the module's `forward`. It is shorter, and it works on
 # any existing module. But a deep copy of the module still calls the original's forward, with the original's weights,
-# and we do copy our networks, to average the weights. So we stay with the mix-in.
+# and we do copy our network, to average its weights. So we stick with the mix-in.
 def saved(module):
     """Make a module keep its output in `module.saved` from now on. Returns the module."""
     forward = module.forward
@@ -191,7 +192,7 @@ def show_saved():
         order = " -> ".join(parent.__name__ for parent in kind.__mro__[:-1])
         y, kept = conv(x), conv.saved
         print(f"   {order}: runs {kind.forward.__qualname__}, saves {'nothing' if kept is None else tuple(kept.shape)}")
-        print(f"      is a convolution: {torch.equal(y, F.conv2d(x, conv.weight, conv.bias))}")
+        print(f"      still computes the convolution: {torch.equal(y, F.conv2d(x, conv.weight, conv.bias))}")
     wrapped = saved(nn.Conv2d(1, 4, 3))
     twin = zero_(copy.deepcopy(wrapped))
     y = wrapped(x)
@@ -200,20 +201,20 @@ def show_saved():
 
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
-# Down: blocks, and convolutions of stride 2, which halve height and width, so a 3×3 convolution sees ever more of the
-# garment. A level has a quarter of the pixels of the one above and twice the channels, so all levels cost about the
-# same. (The stride of 2 comes from DDPM's code. Don't assume that it is optimal, says the lecture: there are hardly any
-# ablations. The 32 to 256 channels below are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of diffusers'
-# UNet2DModel. `--no-time --preset lecture` trains this one.)
+# Down: each level is a few residual blocks. A convolution of stride 2 then halves height and width, so 3×3 convolutions
+# see ever more of the garment. The next level has a quarter of the pixels but twice the channels, so all levels cost
+# about the same. (The stride of 2 comes from DDPM's code. The lecture warns against taking it for optimal: there are
+# hardly any ablations.) The 32 to 256 channels below are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of
+# diffusers' UNet2DModel. `--no-time --preset lecture` trains this network.
 #
-# Up: the same in reverse. Each block gets the activations from below, concatenated with those saved at its size on the
-# way down. Each level has one extra block here, because it saved one more activation than it has blocks.
+# Up: the same in reverse. Each block gets the activation so far, concatenated with one saved at the same size on the
+# way down. Each level has one block more here, because the convolution before its blocks was saved too.
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
     channels: of the image, in and out.
     widths:   the channels of each level; each level has half the height and width of the one before.
-    depth:    residual blocks a level on the way down; one more on the way up.
+    depth:    residual blocks per level on the way down; on the way up there is one more.
     groups:   of every group norm; must divide every width.
     """
 
@@ -221,7 +222,7 @@ class UNet(nn.Module):
         super().__init__()
         self.widths, self.groups = tuple(widths), groups
         self.conv_in = SavedConv(channels, widths[0], 3, padding=1)
-        width, skips = widths[0], [widths[0]]  # the channels by now, and of all that is saved
+        width, skips = widths[0], [widths[0]]  # channels so far, and those of each saved activation
 
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for level, new_width in enumerate(widths):
@@ -240,7 +241,7 @@ class UNet(nn.Module):
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level, new_width in enumerate(reversed(widths)):  # the lowest level first
             if level > 0:
-                smooth = nn.Conv2d(width, width, 3, padding=1)  # over the 2×2 squares of equal pixels
+                smooth = nn.Conv2d(width, width, 3, padding=1)  # smooths the 2×2 squares of equal pixels
                 self.upsample.append(nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), smooth))
             blocks = nn.ModuleList()
             for _ in range(depth + 1):
@@ -252,13 +253,13 @@ class UNet(nn.Module):
         zero_(self.conv_out.conv)
 
     def make_block(self, in_channels, out_channels, saved=False):
-        """A residual block; later U-Nets make others."""
+        """A residual block; later U-Nets override this to make others."""
         return (SavedResBlock if saved else ResBlock)(in_channels, out_channels, self.groups)
 
     def forward(self, x, embedding=None):
-        """x and the result: `(n, channels, height, width)`. embedding: what every block gets from section 8 on.
+        """x and the result: `(n, channels, height, width)`. embedding: passed to every block, for section 8.
 
-        Raises ValueError if height or width can't be halved once for each level but the first.
+        Raises ValueError if height or width can't be halved once for each level after the first.
         """
         step = 2 ** len(self.downsample)
         if x.shape[2] % step or x.shape[3] % step:
@@ -301,14 +302,14 @@ def show_levels():
 
 
 # %% 5. What the skips are for
-# At the bottom of the U a garment is 7 × 7 pixels of 32 channels here. There would be room for where its edges run, but
-# the network would have to learn to pack that into channels, and to unpack it again. The skips hand it over. To see it,
-# we cut them: every saved activation arrives as zeros. Both nets start from the same weights, see the same batches, and
-# learn to remove noise of the same strength.
+# At the bottom of this small U, a garment is 7 × 7 pixels of 32 channels. That is room enough to say where its edges
+# run, but the network would have to learn to pack them into channels and to unpack them again. The skips hand them
+# straight across. To see what that is worth, we cut the skips: every saved activation arrives as zeros. Both networks
+# start from the same weights, see the same batches, and learn to remove noise of the same strength.
 def cut_skips(network):
     for layer in network.modules():
         if isinstance(layer, Saved):
-            layer.take = lambda take=layer.take: torch.zeros_like(take())  # hides this one layer's method
+            layer.take = lambda take=layer.take: torch.zeros_like(take())  # shadows the method, for this layer only
 
 
 def train_skips(cut, images, steps=100):
@@ -341,20 +342,20 @@ def show_skips():
         errors.append(float(F.mse_loss(rows[row], unseen)))
         print(f"   {row}: error {np.mean(curves[row][-20:]):.3f} in training, {errors[-1]:.3f} on test images")
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
-    tools.plot_lines(left, range(100), curves, xlabel="step of training", ylabel="mean squared error", ylim=(0, 0.4))
+    tools.plot_lines(left, range(100), curves, xlabel="training step", ylabel="mean squared error", ylim=(0, 0.4))
     tools.plot_images(right, torch.cat(list(rows.values())), len(unseen), rows)
-    figure.suptitle(f"Without skips {errors[1] / errors[0]:.1f} times the error in 100 steps: edges are lost ({name})")
+    figure.suptitle(f"Without skips, edges blur\n({errors[1] / errors[0]:.1f} times the error after 100 steps; {name})")
     return figure
 
 
 # %% 6. Noise: x = x0 + sigma · noise
-# From now on there is noise of every strength. sigma says how strong; pixels go from -1 to 1. Noise of 0.02 can hardly
-# be seen; at 80 nothing but noise can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative
-# Models", EDM; the lecture's notebook 26). At one end x is almost the answer; at the other end it reveals almost
-# nothing. In between, if noise hides an edge, the best single answer is the mean of all possible edges: a blur. Turning
-# it into one garment takes many small steps (section 10). (Notebook 28 returns to a cosine schedule and predicts the
-# noise; we stay with notebook 26.)
-SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # the ends of sampling (EDM begins at 80, too, and ends at 0.002)
+# From now on, noise comes in every strength. sigma is its standard deviation, on pixels from -1 to 1. Noise of 0.02 can
+# hardly be seen; at 80, nothing else can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based
+# Generative Models", EDM; the lecture's notebook 26). At low noise x is almost the answer; at high noise it reveals
+# almost nothing. In between, if noise hides an edge, the best single answer is the mean of all possible edges: a blur.
+# Turning that blur into one garment takes many small steps (section 10). (Notebook 28 returns to a cosine schedule and
+# predicts the noise; we stay with notebook 26.)
+SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # sampling goes from the largest to the smallest (EDM: from 80 to 0.002)
 
 
 def add_noise(x0, sigma, noise):
@@ -377,21 +378,21 @@ def show_noise():
 
 
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
-# Two things would make learning hard. The standard deviation of x is 0.7 at one end and 80 at the other, but a network
-# works best with inputs of the same scale. And neither obvious target works at both ends. Predicting x0 fails at low
-# noise: x is nearly the answer, and a network that has to repeat its input adds errors of its own. Predicting the noise
-# fails at high noise: x0 is x - sigma · noise, and sigma multiplies every error. So the denoiser's answer is
+# Two things would make learning hard. The standard deviation of x is 0.7 at low noise and 80 at high noise, but a
+# network works best with inputs of the same scale. And neither obvious target works at both ends. Predicting x0 fails
+# at low noise: x is nearly the answer, and a network that has to repeat its input adds errors of its own. Predicting
+# the noise fails at high noise: x0 is x - sigma · noise, and sigma multiplies every error. So the denoiser's answer is
 #
 #     x0_hat = c_skip · x + c_out · network(c_in · x, c_noise)
 #
-# c_in scales x to variance one, whatever sigma is. c_skip lets x itself through, as far as it can be believed: nearly
-# all of it at low noise, nothing at high. c_out scales what the network adds, and its target has variance one, too: at
-# low noise it is minus the noise, at high noise the garment, in between a mix. (c_skip is chosen to make c_out, which
-# multiplies the network's errors, as small as possible.) c_noise is the time that the network gets: ln(sigma) / 4,
-# times a constant that makes the hands of 01's clock move.
+# c_in scales x to variance one, whatever sigma is. c_skip passes on x itself, as far as it can be trusted: nearly all
+# of it at low noise, next to nothing at high noise. c_out scales what the network adds, so that the network's target
+# has variance one too: minus the noise at low noise, the garment at high noise, a mix of the two in between. (c_skip is
+# chosen to make c_out, which multiplies the network's errors, as small as possible.) c_noise is the time that the
+# network gets: ln(sigma) / 4, times a constant that makes the hands of 01's clock move.
 #
-# And the work can be done on patches (pixel_unshuffle): 2×2 pixels become 4 channels of one pixel, so that the network
-# has a quarter of the pixels to go over.
+# The network can also work on patches (pixel_unshuffle): 2×2 pixels become one pixel with 4 channels, so it has only a
+# quarter of the pixels to process.
 TIME_SCALE = 1000  # so the time goes from -1151 to 1096, a range that fits the max_period of 01
 
 
@@ -413,7 +414,7 @@ class Denoiser(nn.Module):
         return next(self.network.parameters()).device
 
     def scales(self, sigma):
-        """c_skip, c_out and c_in of each sigma."""
+        """c_skip, c_out and c_in for each sigma."""
         variance = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / variance, sigma * self.sigma_data / variance.sqrt(), 1 / variance.sqrt()
 
@@ -439,7 +440,7 @@ def show_preconditioning():
     torch.manual_seed(0)
     noise, denoiser = torch.randn_like(images), Denoiser(None, sigma_data=float(images.std()))
     print(f"   sigma_data {denoiser.sigma_data:.3f}")
-    print("     sigma   c_skip    c_out     c_in  c_noise    deviation of x   of c_in x   of the target")
+    print("     sigma   c_skip    c_out     c_in  c_noise          std of x   of c_in x   of the target")
     for sigma in torch.tensor([0.02, 0.1, 0.5, 2, 10, 80]):
         c_skip, c_out, c_in = denoiser.scales(sigma)
         x = images + sigma * noise
@@ -447,16 +448,16 @@ def show_preconditioning():
         row = sigma, c_skip, c_out, c_in, denoiser.c_noise(sigma), *deviations
         print("   {:7.2f}{:9.4f}{:9.4f}{:9.4f}{:9.0f}{:18.2f}{:12.2f}{:16.2f}".format(*row))
     sigmas = torch.logspace(-2, 2, 200)
-    names = ("c_skip: how much of x is kept", "c_out: how much is added", "c_in")
+    names = ("c_skip: how much of x is kept", "c_out: how much the network adds", "c_in: how x is scaled")
     curves = dict(zip(names, denoiser.scales(sigmas), strict=True))
     title = "The noisier x is, the less of it is kept"
     return tools.plot_curves(title, sigmas, curves, xscale="log", xlabel="sigma", ylabel="factor")
 
 
 # %% 8. Time
-# c_in gives every x about the same scale, so its size doesn't tell the network how noisy it is. Each block therefore
-# gets the embedding of 01, shared by all blocks, as a scale and a shift for each channel. They act *after* the second
-# norm. The lecture applies them before it, but a group norm would remove whatever a group's channels have in common.
+# c_in gives every x about the same scale, and the size of x doesn't tell the network how noisy x is. So all blocks get
+# the embedding of 01, and each turns it into a scale and a shift for each channel. These act *after* the second norm.
+# The lecture applies them before it, but there a group norm would remove whatever a group's channels have in common.
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation (adaptive group norm, or FiLM)."""
 
@@ -505,16 +506,16 @@ class TimeUNet(UNet):
 
 
 class UntimedUNet(UNet):
-    """The first U-Net with the signature of the others: it ignores time and label."""
+    """The U-Net of section 4, with the signature of the others: it ignores time and label."""
 
     def forward(self, x, time, label=None):
         return super().forward(x)
 
 
 # Does a network need the time at all? The image itself shows how noisy it is: background pixels should be equal, and
-# they differ by the strength of the noise. Printed below is their standard deviation in a corner of 3 × 3 pixels, as
-# the network sees it, after c_in. It tells low levels apart, but so small a corner hardly those above 1. (c_in, c_skip
-# and c_out know sigma in any case.) Section 14 measures what the time is worth.
+# differ only by the noise. Below we print their standard deviation in a corner of 3 × 3 pixels, as the network sees it,
+# after c_in. So small a corner tells low noise levels apart, but hardly those above 1. (c_in, c_skip and c_out are
+# computed from sigma in any case.) Section 14 measures what the time is worth.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 levels drawn in training are in this range
 
 
@@ -523,7 +524,7 @@ def show_time():
     torch.manual_seed(0)
     x, norm = torch.randn(4, 16, 14, 14), nn.GroupNorm(4, 16)
     before, after = (norm(3 * x + 1) - norm(x)).abs().mean(), (3 * norm(x) + 1 - norm(x)).abs().mean()
-    print(f"   all channels times 3, plus 1: in front of the norm a change of {before:.0e}, after it of {after:.1f}")
+    print(f"   scale 3, shift 1 on all channels: changes the output by {before:.0e} before the norm, {after:.1f} after")
     for kind in (UNet, TimeUNet):
         print(f"   {kind.__name__}: {count_parameters(kind(1, (16, 32), 1, 4)):,} parameters")
     images, _ = tools.load_images("test", 100)
@@ -531,7 +532,7 @@ def show_time():
     _, _, c_in = Denoiser(None, float(images.std())).scales(sigmas)
     deviations = (c_in * (corner + sigmas * torch.randn_like(corner))).std(dim=(2, 3, 4)).mean(dim=1)  # levels
     print("   sigma        " + "".join(f"{sigma:7g}" for sigma in LEVELS))
-    print("   in the corner" + "".join(f"{deviation:7.3f}" for deviation in deviations))
+    print("   corner's std " + "".join(f"{deviation:7.3f}" for deviation in deviations))
 
 
 # %% 9. The loss
@@ -539,8 +540,8 @@ def show_time():
 def denoising_loss(denoiser, x0, sigma, noise, label=None):
     """The squared error of x0_hat, weighted by 1 / c_out² (Karras et al. 2022, equation 8). Returns `(n,)`.
 
-    What is left is the plain squared error of the network's own output, whose target is (x0 - c_skip · x) / c_out, as
-    in the lecture's `noisify`.
+    So it is the plain squared error of the network's own output, whose target is (x0 - c_skip · x) / c_out, as in the
+    lecture's `noisify`.
     """
     x0_hat = denoiser(add_noise(x0, sigma, noise), sigma, label)
     _, c_out, _ = denoiser.scales(sigma)
@@ -548,11 +549,11 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 
 
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
-# of the images at high noise. So in a new network no noise level outweighs the others by much; later the loss at both
-# ends is several times that in the middle (section 14).
+# at high noise, where mean is that of all pixels. So at first no noise level outweighs the others by much; later, the
+# loss is several times as high at both ends as in the middle (section 14).
 @torch.no_grad()
 def loss_by_level(denoiser, images, levels=LEVELS):
-    """The mean loss on images `(n, c, h, w)` at each noise level, always with the same noise; a list."""
+    """A list of the mean losses on images `(n, c, h, w)` at each noise level, always with the same noise."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return [float(denoising_loss(denoiser, images, torch.full((len(images),), s), noise).mean()) for s in levels]
 
@@ -567,10 +568,10 @@ def show_loss():
 
 
 # %% 10. Sampling: one step by hand, then all
-# We start from pure noise and take small steps towards the denoiser's prediction. At first it is nearly the same for
-# any noise: roughly the mean of all garments. Each step goes part of the way, until the noise is down to the next
-# sigma. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
-STEPS = 14  # with more, fewer trajectories end wrong (section 11), but samples are no better (docs/measurements.md)
+# We start from pure noise and take small steps towards the denoiser's prediction. At first, that prediction is nearly
+# the same for any noise: roughly the mean of all garments. Each step goes just far enough to bring the noise down to
+# the next sigma. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
+STEPS = 14  # with more, fewer trajectories go astray (section 11), but samples are no better (docs/measurements.md)
 
 
 def noise_levels(steps=STEPS, rho=7):
@@ -581,16 +582,16 @@ def noise_levels(steps=STEPS, rho=7):
 
 
 def starting_noise(seed, label, index, shape):
-    """The noise that image `index` of a class starts from, float32 of that shape: a function of these numbers alone."""
+    """The noise that image `index` of class `label` starts from, float32: a function of the four arguments alone."""
     return torch.from_numpy(np.random.default_rng((seed, label, index)).standard_normal(shape, np.float32))
 
 
-# Three samplers. Each takes denoise(x, sigma), which predicts x0 from x `(n, c, h, w)` and a number sigma; noise
-# `(n, c, h, w)` of variance 1; and the falling noise levels, which end with 0. Each yields every state (sigma, x,
-# x0_hat) on the way from noise to images; in the last one sigma is 0, and x = x0_hat.
+# Each of the three samplers takes denoise(x, sigma), which predicts x0 from x `(n, c, h, w)` and a number sigma; noise
+# `(n, c, h, w)` of variance 1; and the falling noise levels, which end with 0. It yields every state (sigma, x, x0_hat)
+# on the way from noise to images; in the last one sigma is 0, and x = x0_hat.
 @torch.no_grad()
 def sample_ddim(denoise, noise, sigmas):
-    """Each step assumes that x0_hat stays the same (Song, Meng and Ermon 2021; notebook 28's). Error ~ 1 / steps."""
+    """DDIM: each step treats x0_hat as constant (Song, Meng and Ermon 2021; notebook 28). Error ~ 1 / steps."""
     x = sigmas[0] * noise
     for sigma, sigma_next in pairwise(sigmas):
         x0_hat = denoise(x, sigma)
@@ -610,7 +611,7 @@ def sample_dpm(denoise, noise, sigmas):
         if sigma_next > 0:  # the last step is DDIM's
             length = math.log(sigma / sigma_next)
             if x0_hat_last is not None:
-                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_hat_last)  # where x0_hat will be halfway
+                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_hat_last)  # x0_hat, extrapolated to halfway
             x0_hat_last, length_last = x0_hat, length
         x = target + sigma_next / sigma * (x - target)
     yield 0.0, x, x
@@ -618,8 +619,8 @@ def sample_dpm(denoise, noise, sigmas):
 
 @torch.no_grad()
 def sample_heun(denoise, noise, sigmas):
-    """Each step follows the mean of the slopes dx / dsigma at both of its ends (Karras et al. 2022, algorithm 1). Error
-    ~ 1 / steps², with two network evaluations per step."""
+    """Heun's method: each step follows the mean of the slopes dx / dsigma at its two ends (Karras et al. 2022,
+    algorithm 1). Error ~ 1 / steps², with two network evaluations per step."""
     x = sigmas[0] * noise
     for sigma, sigma_next in pairwise(sigmas):
         x0_hat = denoise(x, sigma)
@@ -643,13 +644,13 @@ def sample(denoise, noise, sigmas, method="dpm++"):
     return SAMPLERS[method](denoise, noise, sigmas)
 
 
-# A network has to be trained before it can sample. But for a given set of images the best denoiser can be written down:
-# x may come from any of them, with a probability that falls with the distance; the best guess is their mean, weighted
-# by these probabilities. This is attention (02): x is the query, the images are keys and values, and the scores are
-# minus squared distances. It knows its images by heart and makes nothing else. Our network makes new ones, at least as
-# far from all training images as test images are (docs/measurements.md).
+# A network has to be trained before it can sample. But for a given set of images, the ideal denoiser can be written
+# down: x may come from any of them, with a probability that falls with the distance, so the best guess is their mean,
+# weighted by these probabilities. This is attention (02): x is the query, the images are keys and values, and the
+# scores are negative squared distances. This denoiser knows its images by heart and makes nothing else. Our network
+# makes new ones, which are at least as far from the training images as test images are (docs/measurements.md).
 def ideal_denoiser(images):
-    """denoise(x, sigma) for the samplers, which knows images `(m, c, h, w)`."""
+    """denoise(x, sigma) for the samplers: the best possible if images `(m, c, h, w)` are all there is."""
 
     def denoise(x, sigma):
         squared = torch.cdist(x.flatten(1), images.flatten(1)) ** 2  # n m
@@ -660,7 +661,7 @@ def ideal_denoiser(images):
 
 
 def pixel_std(images):
-    """How much images `(n, ...)` differ: the standard deviation of a pixel among them, as a root mean square."""
+    """How much images `(n, ...)` differ: a pixel's standard deviation across them (root mean square over pixels)."""
     return float(images.var(dim=0).mean().sqrt())
 
 
@@ -682,23 +683,23 @@ def show_sampling():
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(4)])
     x = sigmas[0] * noise  # n c h w: nothing but noise
     x0_hat = denoise(x, sigmas[0])  # n c h w
-    x_next = x0_hat + sigmas[1] / sigmas[0] * (x - x0_hat)  # n c h w: the noise is smaller, its direction is the same
+    x_next = x0_hat + sigmas[1] / sigmas[0] * (x - x0_hat)  # n c h w: less noise, in the same direction
     states = list(sample(denoise, noise, sigmas))
-    print(f"   sigma {sigmas[0]:.1f} to {sigmas[1]:.1f}: deviation of x {x.std():.1f} to {x_next.std():.1f}")
+    print(f"   sigma {sigmas[0]:.1f} to {sigmas[1]:.1f}: std of x {x.std():.1f} to {x_next.std():.1f}")
     print(f"   by hand or by sample, largest difference: {(x_next - states[1][1]).abs().max():g}")
-    print("      sigma   deviation of x   of x0_hat   of x0_hat between the four images")
+    print("      sigma         std of x   of x0_hat    of x0_hat across the four images")
     for sigma, x, x0_hat in states[::3]:
         print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{pixel_std(x0_hat):36.2f}")
     early, late = pixel_std(states[0][2]), pixel_std(states[-1][2])
-    said = f"(a pixel's deviation among four: {early:.2f} at first, {late:.2f} at the end; {name})"
+    said = f"(a pixel's standard deviation across the four: {early:.2f} at first, {late:.2f} at the end; {name})"
     return plot_denoising(f"Predictions start alike and end as different garments\n{said}", states)
 
 
 # %% 11. Few steps or many
 # The trajectory from noise to a garment is a curve, and a step of DDIM follows its tangent. So the more steps, the
 # closer we stay to the curve. A method that also looks back at the step before, as DPM-Solver++(2M) does, follows the
-# bend, and is as close after fewer steps. As ground truth we take the end points of 400 Heun steps. With the ideal
-# denoiser each trajectory ends on one of its images, so we count how many of 100 end on a wrong one.
+# bend, and gets as close in fewer steps. As ground truth we take the end points of 400 Heun steps. With the ideal
+# denoiser, each trajectory ends on one of its images, so we count how many of 100 end on a wrong one.
 @tools.section
 def show_few_steps():
     images, name = tools.load_images("train", 1000)
@@ -712,20 +713,20 @@ def show_few_steps():
             values.append(int(((x - ends).abs().amax(dim=(1, 2, 3)) > 0.1).sum()))
         print(f"   {method:7}" + "".join(f"{value:8}" for value in values))
     ddim, dpm = (values[counts.index(STEPS)] for values in wrong.values())
-    said = f"(after {STEPS} steps, {dpm} of 100 end on a wrong garment instead of {ddim}; {name})"
-    labels = {"xlabel": "steps", "ylabel": "wrong garments of 100", "ylim": 0}
+    said = f"(after {STEPS} steps, {dpm} of 100 end on a wrong garment; with DDIM, {ddim}; {name})"
+    labels = {"xlabel": "steps", "ylabel": "wrong garments, out of 100", "ylim": 0}
     return tools.plot_curves(f"dpm++ needs fewer steps than DDIM\n{said}", counts, wrong, **labels)
 
 
 # %% 12. One path in three coordinates: DDPM, EDM, flow matching
-# DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho et al. 2020; notebook 28 has any t from 0 to 1,
-# and images in ±0.5, so half our sigma); EDM's is x0 + sigma noise (notebook 26). Not in the lecture, but in much that
-# came later, is flow matching, which mixes image and noise in shares that sum to one: z = (1 - t) x0 + t noise (Lipman
-# et al. 2023, whose t runs the other way).
-# Divide by the factor of x0, and all three are x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t).
+# DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho et al. 2020); EDM's is x0 + sigma noise
+# (notebook 26). Flow matching isn't in the lecture, but in much that came later. It mixes image and noise in shares
+# that sum to one: z = (1 - t) x0 + t noise (Lipman et al. 2023, whose t runs the other way). Divide each by the factor
+# in front of x0, and all three become x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t). (Notebook 28
+# is DDPM at any t from 0 to 1, on pixels from -0.5 to 0.5, so its sigma is half of ours.)
 #
-# The velocity of z is noise - x0, and one straight step along it (Euler's) *is* DDIM's step: both keep the predicted
-# image and the predicted noise, and mix them anew.
+# The velocity of z is noise - x0, and one Euler step along it *is* DDIM's step: both keep the predicted image and the
+# predicted noise, and mix them in new shares.
 @torch.no_grad()
 def sample_flow(denoise, noise, times):
     """Yield (t, z) at each of the times, which fall from below 1 to 0; the first z is times[0] * noise."""
@@ -753,13 +754,13 @@ def show_coordinates():
 
 
 # %% 13. Not in the lecture: Muon, the optimiser of the convolutions
-# A few directions make up most of a matrix's gradient, and the others hardly learn. Muon (Jordan et al. 2024) takes the
-# momentum, a mean of the last gradients, and makes the step equally large in all directions: all singular values become
-# about 1. A convolution's weights form a matrix too: the output channels by everything each of them looks at.
+# A few directions dominate a matrix's gradient, and the others hardly learn. Muon (Jordan et al. 2024) takes the
+# momentum, a running mean of gradients, and makes the step equally large in all directions: all singular values become
+# about 1. A convolution's weights form a matrix too: a row for each output channel, a column for each number it sees.
 #
-# The singular values are not computed. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
-# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. As G has only
-# as many rows as X, the steps are done on G, and X is multiplied once, at the end. (A tall X has the smaller G = Xᵀ X.)
+# Muon never computes the singular values. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
+# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. G has only as many
+# rows as X, so we do the steps on G and multiply by X once, at the end. (A tall X has the smaller G = Xᵀ X.)
 def orthogonalize(matrices):
     """A list of the matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.21 if they were at
     least 0.0015 of the matrix's norm). matrices: float32, all with the same shorter side."""
@@ -773,8 +774,8 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """For convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`. Those whose shorter side is the
-    same go together."""
+    """Optimises convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`. Matrices with the same
+    shorter side are orthogonalised together."""
 
     def __init__(self, weights, lr, momentum=0.95, weight_decay=0.001):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -792,7 +793,7 @@ class Muon(torch.optim.Optimizer):
         for pairs in by_side.values():
             weights, matrices = zip(*pairs, strict=True)
             for weight, step in zip(weights, orthogonalize(matrices), strict=True):
-                lr = group["lr"] * max(1, len(step) / step.shape[1]) ** 0.5  # a tall one's rows come out shorter
+                lr = group["lr"] * max(1, len(step) / step.shape[1]) ** 0.5  # a tall matrix's rows come out shorter
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(lr * step.view(weight.shape))
 
 
@@ -805,13 +806,13 @@ def use_muon(parameters, max_lr):
     """Muon for the convolutions, AdamW for everything else, in a list; max_lr: AdamW's highest learning rate."""
     parameters = list(parameters)
     convolutions, others = ([p for p in parameters if (p.ndim == 4) == is_conv] for is_conv in (True, False))
-    return [Muon(convolutions, 10 * max_lr), *use_adamw(others, max_lr)]  # entries of AdamW's steps are 1, Muon's less
+    return [Muon(convolutions, 10 * max_lr), *use_adamw(others, max_lr)]  # AdamW's entries are about 1, Muon's smaller
 
 
 @tools.section
 def show_muon():
     torch.manual_seed(0)
-    x = torch.randn(48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # few large directions
+    x = torch.randn(48, 12) @ torch.diag(torch.logspace(0, -2, 12)) @ torch.randn(12, 432)  # a few large directions
     values = {}
     for label, matrix in {"before": x / x.norm(), "after": orthogonalize([x])[0]}.items():
         values[label] = torch.linalg.svdvals(matrix)[:12].tolist()
@@ -823,20 +824,20 @@ def show_muon():
 
 # %% 14. The training loop
 # Everything above comes together here. Warming up the learning rate keeps the first steps from throwing the weights
-# off; clipping keeps a batch with a large gradient from dominating the optimisers' averages (it matters less). Later,
-# the weights jump about and their average less, so we sample with it. (At the end, with a learning rate near zero, the
-# two are much the same, and here it made no difference that could be measured: docs/measurements.md.)
+# off; clipping, which matters less, keeps a batch with a large gradient from dominating the optimisers' averages.
+# Later, the weights jump about; their average is steadier, so we sample with it. (At the end, with a learning rate near
+# zero, the two are nearly the same, and averaging made no measurable difference here: docs/measurements.md.)
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
-WARM_UP = 0.05  # the share of the steps in which the learning rate rises
-CLIP = 1.0  # the largest norm of all gradients together
+WARM_UP = 0.05  # the share of the steps during which the learning rate rises
+CLIP = 1.0  # the largest norm allowed for all gradients together
 EMA_STEPS = 10  # the average looks back over about a tenth of the steps so far
 
 
 def train(denoiser, ema, optimizers, batches, steps):
-    """A generator: it trains, and after each step yields (step, loss, norm of the gradients), tensors on the device.
+    """Train, and after each step yield (step, loss, gradient norm), the last two as tensors on the device.
 
-    ema: a copy of the denoiser, which becomes the average of its weights. batches: yields what `draw_batches` does.
-    steps: of the whole training, for the schedule.
+    ema: a copy of the denoiser; its weights become the average. batches: yields what `draw_batches` does. steps: the
+    length of the whole training, for the schedule.
     """
     for step, x0, sigma, noise, label in batches:
         loss = denoising_loss(denoiser, x0, sigma, noise, label).mean()
@@ -852,7 +853,7 @@ def train(denoiser, ema, optimizers, batches, steps):
 
 
 def schedule(step, steps):
-    """The fraction of the highest learning rate: it rises during the warm-up, then falls linearly to zero."""
+    """The learning rate, as a fraction of the highest: it rises during the warm-up, then falls linearly to zero."""
     warm_up = max(1, round(WARM_UP * steps))
     return max(0.0, min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1)))
 
@@ -865,12 +866,12 @@ def update_ema(ema, denoiser, step):
         slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
 
 
-# Not every noise level is worth the same. At low noise the network's output is multiplied by c_out, about sigma, so
-# whatever it still has to learn can hardly be seen; at high noise the image is hidden. So we train mostly in between:
-# two thirds of the levels lie between 0.14 and 1. (EDM's mean and deviation are -1.2 and 1.2, so there they lie between
-# 0.09 and 1: docs/measurements.md.) Sampling begins at 80, which training practically never draws: one level in 2,000
-# is above 10. Up there c_in · x is little but noise of variance one, and the right answer approaches the mean of all
-# garments.
+# Not every noise level is equally worth training on. At low noise the network's output is multiplied by c_out, there
+# about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly in
+# between: two thirds of the levels lie between 0.14 and 1. (EDM's mean and standard deviation are -1.2 and 1.2, so its
+# two thirds lie between 0.09 and 1: docs/measurements.md compares them.) Sampling starts at 80, which training
+# practically never sees: one level in 2,000 is above 10. But there is little to learn up there: c_in · x is almost pure
+# noise of variance one, and the right answer is close to the mean of all garments.
 #
 # An epoch is all images in random order. The randomness in a step depends only on the seed and the step (on one kind of
 # device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.
@@ -893,7 +894,7 @@ def draw_batches(images, labels, batch_size, seed, steps):
         epochs, entries = np.divmod(np.arange(step * batch_size, (step + 1) * batch_size), n)
         chosen = [epoch_order(n, seed, epoch)[entries[epochs == epoch]] for epoch in np.unique(epochs)]
         chosen = torch.from_numpy(np.concatenate(chosen)).to(device, non_blocking=True)
-        mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)  # similar pairs, unrelated seeds
+        mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)  # similar pairs give unrelated seeds
         torch.manual_seed(int(mixed[0]))
         x0 = images[chosen].float() / 127.5 - 1
         sigma = (P_MEAN + P_STD * torch.randn(batch_size, device=device)).exp()
@@ -901,12 +902,12 @@ def draw_batches(images, labels, batch_size, seed, steps):
 
 
 # A minute of training, without any files: three small networks see the same batches with the same noise. Each has the
-# best of three or four learning rates, so the difference isn't due to tuning. (AdamW with 0.003, 0.006, 0.012 and 0.024
-# reaches a mean loss on test images of 0.433, 0.410, 0.404 and 0.426.) Time lowers the loss by a tenth and Muon by
-# another seventh, after 600 steps, in this run.
+# best of three or four learning rates, so tuning doesn't explain the difference. (AdamW at 0.003, 0.006, 0.012 and
+# 0.024 reaches a mean test loss of 0.433, 0.410, 0.404 and 0.426.) In this run, after 600 steps, time has lowered the
+# loss by a tenth, and Muon by another seventh.
 def train_small(network_class, images, use, max_lr, steps=600):
-    """A small denoiser's average after training on images `(n, 1, h, w)` in [-1, 1], and its losses. use: `use_adamw`
-    or `use_muon`."""
+    """A small denoiser trained on images `(n, 1, h, w)` in [-1, 1], with averaged weights, and its training losses.
+    use: `use_adamw` or `use_muon`."""
     torch.manual_seed(0)
     denoiser = Denoiser(network_class(4, (16, 32), depth=1, groups=4), float(images.std()), patch=2)
     ema, optimizers = copy.deepcopy(denoiser), use(denoiser.parameters(), max_lr)
@@ -934,7 +935,7 @@ def show_training():
         means.append(np.mean(by_level))
         print(f"   {choice:17}" + "".join(f"{loss:7.3f}" for loss in [*by_level, means[-1]]))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=(2, 5))
-    axes_labels = {"xlabel": "step", "ylabel": "loss (mean of 50 steps)", "ylim": (0, 1)}
+    axes_labels = {"xlabel": "step", "ylabel": "loss (mean over 50 steps)", "ylim": (0, 1)}
     tools.plot_lines(left, range(50, 50 + len(curves[choice])), curves, **axes_labels)
     tools.plot_images(right, torch.cat(list(rows.values())), len(noise), rows)
     time, muon = means[1] / means[0] - 1, means[2] / means[1] - 1
@@ -950,7 +951,7 @@ PREVIEW_IMAGES = 200  # at least this many training images, and as many held-out
 class Preset(NamedTuple):
     widths: tuple[int, ...]  # channels of each level
     depth: int  # residual blocks per level
-    groups: int  # of the group norms; with fewer than 16 channels in each, bfloat16 is several times as slow on a CPU
+    groups: int  # of the group norms; with fewer than 16 channels per group, bfloat16 is several times as slow on a CPU
     patch: int  # side of the patches that the denoiser turns into channels
     attention_levels: tuple[int, ...]  # in 04
     head_dim: int  # channels per head, in 04
@@ -969,7 +970,7 @@ PRESETS = {
 class RunSettings(NamedTuple):
     """A run's settings and its data. The script refuses to resume a checkpoint with different settings."""
 
-    network: str  # its class
+    network: str  # the name of its class
     preset: str
     steps: int
     batch_size: int
@@ -1045,7 +1046,7 @@ def new_run(options, path, make_network):
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size
     if batch_size % tools.PROCESSES:
-        raise tools.UserError(f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, one share each")
+        raise tools.UserError(f"--batch-size {batch_size}: must be a multiple of {tools.PROCESSES}, the process count")
     train = tools.load_data(options.data, "train", options.data_dir)
     n, classes, counts = len(train.labels), train.classes, np.bincount(train.labels).tolist()
     shown = [f"{name} ({count:,})" for name, count in zip(classes, counts, strict=True)]
@@ -1102,7 +1103,7 @@ def fit(options, path, make_network, make_denoise, change_batches):
         batches = change_batches(batches, len(settings.classes)) if change_batches else batches
         return train(trained, ema, [muon, adamw], tools.take_share(batches), settings.steps)
 
-    def draw(images, labels):  # for the previews, with different noise from training's
+    def draw(images, labels):  # for the previews, with other noise than in training
         steps = range(math.ceil(PREVIEW_IMAGES / settings.batch_size))
         return list(draw_batches(images, labels, settings.batch_size, settings.seed + 1, steps))
 
