@@ -1,4 +1,4 @@
-"""Lesson 4: the U-Net gets attention and a class label, and makes the garment it is asked for.
+"""Lesson 4: the U-Net gets attention and a class label, and makes the garment you ask for.
 
 Running it trains the conditional model and samples each class (lecture sections "attention in the U-Net" and
 "conditional model"; notebook 28).
@@ -6,7 +6,7 @@ Running it trains the conditional model and samples each class (lecture sections
     python 04_unet_cond.py [--epochs E] [--data-dir DIR] [--help]
     python 04_unet_cond.py --sample-only --class "Ankle boot" --n 16
     python 04_unet_cond.py --pretrained      samples at once, from the shipped weights
-    python 04_unet_cond.py --show            prints and draws what the sections say, best after the training
+    python 04_unet_cond.py --show            prints and draws what the sections say; best after training
 """
 
 import copy
@@ -30,10 +30,10 @@ PRETRAINED = tools.RUNS.parent / "data" / "pretrained" / "cond.pt"
 
 # %% 1. Attention after the residual block, and on which levels
 # Attention lets every pixel use what a convolution found anywhere: whether the left shoulder has a sleeve, say. So it
-# comes after each residual block, down and up, and once in the middle (notebook 28 has none there). The skips are saved
-# after it. (Does it help? The lecturer says that he has not seen it improve the FID in his own experiments.)
+# follows each residual block on the chosen levels, down and up, and one in the middle (notebook 28 has none there). The
+# skips are saved after it. Does it help? The lecturer hasn't seen it improve the FID in his own experiments.
 class AttentionResBlock(lesson3.TimeResBlock):
-    """A residual block, with a place for attention after it. (A block doesn't know its level, so the U-Net adds it.)"""
+    """A residual block with room for attention after it. (A block doesn't know its level, so the U-Net adds it.)"""
 
     def __init__(self, in_channels, out_channels, groups, embedding_dim):
         super().__init__(in_channels, out_channels, groups, embedding_dim)
@@ -55,14 +55,14 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
     pass
 
 
-# At 32 × 32 pixels a head has 1024² weights, 4 MB for one image. With 4 heads in each of its 5 blocks, the lecture's
-# first level would have 84 MB of them: 43 GB for its batches of 512. At 16 × 16, with twice the heads, it is an eighth
-# of that. So the lecture leaves the first level out. A fused kernel (section 13 of 02) never holds the weights, but its
+# At 32 × 32 pixels a head has 1024² weights: 4 MB per image. With 4 heads in each of 5 blocks, the lecture's first
+# level would need 84 MB per image, or 43 GB for a batch of 512. At 16 × 16, with twice the heads, it is an eighth of
+# that. So the lecture leaves out the first level. A fused kernel (section 13 of 02) never stores the weights, but its
 # time still grows with the square of the number of pixels.
 def measure_levels(preset, size):
-    """For each level of a preset's net, one image of this padded size: the side in pixels; the megabytes that a block
-    saves for its backward pass, without and with attention; those of all attention weights, were they saved; the
-    milliseconds of a forward and backward pass, without and with attention."""
+    """Measure a block on each level of a preset's network, with one image of this padded size. Yields the level's side
+    in pixels; the megabytes a block saves for its backward pass, without and with attention; the megabytes that saving
+    all attention weights would take; the milliseconds of a forward and backward pass, without and with attention."""
     embedding = torch.zeros(1, 4 * preset.widths[0])
     for level, width in enumerate(preset.widths):
         side = size // preset.patch // 2**level
@@ -81,7 +81,7 @@ def show_cost():
     sides, plain, attending, weights, quick, slow = zip(*levels, strict=True)
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
     curves = {"block": plain, "with attention": attending, "weights, if saved": weights}
-    labels = {"xlabel": "side of the level in pixels", "xscale": "log"}
+    labels = {"xlabel": "side of the feature map in pixels", "xscale": "log"}
     tools.plot_lines(axes[0], sides, curves, ylabel="megabytes saved per image", yscale="log", **labels)
     tools.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **labels)
     said = f"{weights[0]:.0f} MB of weights per image, and a block takes {slow[0] / quick[0]:.0f} times as long"
@@ -91,15 +91,15 @@ def show_cost():
 
 
 # %% 2. The label
-# What is a label to a network? Each class has a learned vector, its embedding. It is added to the embedding of time, so
-# every block gets it in its scale and shift.
+# How does a network take a label? Each class has a learned vector, its embedding. We add it to the embedding of the
+# time, so the label reaches every block, through its scale and shift.
 class CondUNet(lesson3.TimeUNet):
     """The U-Net with attention and a class label.
 
     channels, widths, depth, groups: as in UNet.
-    attention_levels: the levels with attention, 0 the first; the middle always has it.
-    head_dim:         channels of a head, on every level.
-    n_classes:        labels are 0 to n_classes - 1, and n_classes itself, which says "no label".
+    attention_levels: the levels with attention, counted from 0; the middle always has it.
+    head_dim:         channels per head, on every level.
+    n_classes:        labels run from 0 to n_classes - 1; n_classes itself means "no label".
     """
 
     def __init__(self, channels, widths, depth, groups, attention_levels, head_dim, n_classes):
@@ -132,7 +132,7 @@ def drop_labels(batches, n_classes):
 
 
 def make_network(preset, n_classes, network_class=CondUNet):
-    """A new network of a preset of 03."""
+    """A new network for one of the presets of 03."""
     attention = preset.attention_levels, preset.head_dim
     return network_class(preset.patch**2, preset.widths, preset.depth, preset.groups, *attention, n_classes)
 
@@ -146,7 +146,7 @@ def load_demo_model():
 
 
 def generate(denoise, noise_ids):
-    """The images `(n, 1, h, w)` that `denoise` makes; noise_ids: (seed, label, index) of each one's noise."""
+    """The images `(n, 1, h, w)` sampled with `denoise`. noise_ids: the (seed, label, index) of each one's noise."""
     denoiser, settings = load_demo_model()
     noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
     *_, (_, x, _) = lesson3.sample(denoise, noise, lesson3.noise_levels())
@@ -158,29 +158,28 @@ def show_labels():
     denoiser, settings = load_demo_model()
     n, rows = len(settings.classes), 4
     if n == 1:
-        return print("   needs at least two classes")
+        return print("   this section needs at least two classes")
     label = torch.arange(n, device=denoiser.device).repeat(rows)
     noise_ids = [(0, 0, row) for row in range(rows) for _ in range(n)]
     images = generate(functools.partial(denoiser, label=label), noise_ids)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
     by_label, by_noise = lesson3.pixel_std(table.transpose(0, 1)), lesson3.pixel_std(table)
-    said = f"(a pixel's deviation: {by_label:.2f} across labels, {by_noise:.2f} across noises; {settings.data})"
-    title = f"Same noise in each row, another label in each column\n{said}"
+    said = f"(pixels' standard deviation: {by_label:.2f} across labels, {by_noise:.2f} across noises; {settings.data})"
+    title = f"Same noise in each row, a different label in each column\n{said}"
     titles = [name.replace(" ", "\n").replace("/", "/\n") for name in settings.classes]
     return tools.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
 
 
 # %% 3. Guidance: a line through two predictions
 # A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
-# label and with it, are two points, and guidance (classifier-free guidance, Ho and Salimans 2022) goes on along the
-# line through them: x0_hat = x0(label) + w · (x0(label) - x0(no label)). Most software's guidance_scale is 1 + w. (As
-# x0_hat is x less sigma times the predicted noise, it's the same line for the noise, which papers speak of.) It gives
-# clearer garments of the class, and fewer odd ones.
+# label and with it, are two points. Classifier-free guidance (Ho and Salimans 2022) follows the line from the first to
+# the second, and goes on: x0_hat = x0(label) + w · (x0(label) - x0(no label)). The garments get clearer, and fewer look
+# odd. Most software's guidance_scale is 1 + w. Papers write the same line for the noise, (x - x0_hat) / sigma.
 #
-# But it waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; section 4 shows why), so the first 7
-# of 14 steps evaluate the network once instead of twice. And a network that was trained for long knows its classes
-# better, and needs less (docs/measurements.md).
-GUIDANCE, GUIDANCE_LONG = 1.4, 0.8  # measured after 180,000 and 1,440,000 images; where it changes is a guess
+# But guidance waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; section 4 shows why), so the
+# first 7 of 14 steps evaluate the network once instead of twice. And a network that has trained for longer knows its
+# classes better, and needs less guidance (docs/measurements.md).
+GUIDANCE, GUIDANCE_LONG = 1.4, 0.8  # measured after 180,000 and 1,440,000 images; the switch at 600,000 is a guess
 GUIDED_BELOW = 3  # sigma
 
 
@@ -190,8 +189,8 @@ def choose_guidance(images_seen):
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
-    """denoise(x, sigma) for `sample`, in one batched call. label: int64 `(n,)`. guidance: w; 0 is the prediction with
-    the label, -1 the one without. below: w is 0 at any sigma above this (the guidance interval)."""
+    """denoise(x, sigma) for `sample`, in one batched call. label: int64 `(n,)`. guidance: w; 0 gives the prediction
+    with the label, -1 the one without. below: w is 0 above this sigma (the guidance interval)."""
     both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
 
     def denoise(x, sigma):
@@ -212,21 +211,21 @@ def show_line():
     weights = {"no label": -1, "label": 0, "guidance 0.5": 0.5, "guidance 1": 1, "guidance 3": 3}
     points = [guide(denoiser, label, w, math.inf)(x, 3.0) for w in weights.values()]
     away = [f"{(point - points[1]).square().mean().sqrt():.2f}" for point in points]
-    print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from what the label says by itself")
+    print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from the prediction with the label")
     images = lesson3.crop(torch.cat(points), settings.size).cpu()
-    title = f"Guidance extends the line from no label to label\n(one step at sigma 3; {settings.data})"
+    title = f"Guidance extends the line from no label to label\n(one prediction of x0, at sigma 3; {settings.data})"
     return tools.plot_grid(title, images, n, weights)
 
 
 # %% 4. How strong, and from when
-# This was measured in pixels, on only four garments of each class. While there is much noise, the network decides the
-# rough shape of a garment and how light it is. If guided from the start, the garments of a class become more alike in
-# both, and lighter. If guidance waits until the noise is down to 3, even strong guidance leaves them as far apart as no
-# guidance. (Too much guidance still makes only typical garments: docs/measurements.md.)
+# While there is much noise, the network decides the rough shape of a garment and how light it is. Guidance from the
+# start makes the garments of a class more alike in both, and lighter. But if guidance waits until the noise is down to
+# 3, even strong guidance leaves them as varied as none does (measured in pixels, on only four garments of each class).
+# Too much guidance still makes only typical garments (docs/measurements.md).
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()
-    n, many, rows, apart = len(settings.classes), 4, [], []  # many: of each class
+    n, many, rows, apart = len(settings.classes), 4, [], []  # many: samples per class
     label = torch.arange(n, device=denoiser.device).repeat(many)
     noise_ids = [(0, i, k) for k in range(many) for i in range(n)]
     quiet = f"if σ ≤ {GUIDED_BELOW}"
@@ -237,14 +236,15 @@ def show_guidance():
         rows.append(images[:n])
         apart.append(lesson3.pixel_std(images.unflatten(0, (many, n))))
         print(f"   {name:14}: garments of a class {apart[-1]:.2f} apart; mean pixel {images.mean():.2f}")
-    title = f"Garments of a class are {apart[0]:.2f} apart, and {apart[-1]:.2f} with guidance 3 from the start"
-    return tools.plot_grid(f"{title} ({settings.data})", torch.cat(rows), n, list(kinds))
+    said = f"those of a class: {apart[0]:.2f} apart without guidance, {apart[-1]:.2f} with guidance 3; {settings.data}"
+    title = f"Guidance from the start makes garments more alike\n({said})"
+    return tools.plot_grid(title, torch.cat(rows), n, list(kinds))
 
 
 # %% 5. From one class to another
 # A label's embedding is a vector, and between two of them lie vectors that belong to no class. What does the network
 # draw for "three quarters pullover, one quarter trouser"? If the change were even, each of eight steps would cover an
-# eighth of the way; the largest covers two to four eighths: the change is uneven.
+# eighth of the way. But the largest covers two to four eighths.
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
     blended = copy.deepcopy(denoiser)
@@ -259,7 +259,7 @@ def show_blend():
     denoiser, settings = load_demo_model()
     n, steps, rows, largest = len(settings.classes), 9, [], []
     if n == 1:
-        return print("   needs at least two classes")
+        return print("   this section needs at least two classes")
     pairs = ((1, 3), (2, 1), (9, 5), (7, 9), (8, 6)) if n >= 10 else [(one, (one + 1) % n) for one in range(n)]
     names = [f"{settings.classes[one]} to\n{settings.classes[other]}" for one, other in pairs]
     label = torch.arange(steps, device=denoiser.device)
@@ -276,12 +276,11 @@ def show_blend():
 # %% 6. What a pixel depends on
 # Is anything too far away for a pixel of this U-Net? As in section 1 of 02, the gradient shows how much one pixel of
 # the prediction depends on each pixel of the input, now in a trained network. While there is much noise, it depends on
-# the whole garment: the network decides what to make. In the end it depends mostly on what is around it.
+# the whole garment: the network is still deciding what to make. In the end it depends mostly on its surroundings.
 #
-# Switching all attention off hardly changes the picture. The convolutions see everything by going down, because one
-# pixel of the lowest level stands for many above. What attention adds is choosing by content, not by position. On
-# Fashion-MNIST that hardly helps; if convolutions can't reach far enough, attention makes the difference
-# (docs/measurements.md has both).
+# Switching off all attention hardly changes the picture: on the lower levels one pixel stands for many, so the
+# convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST that
+# hardly helps; if convolutions fall short, attention makes the difference (docs/measurements.md has both).
 def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
     """The states (sigma, x, x0_hat) of a sampling run with these labels `(n,)`, closest to the given noise levels."""
     noise = lesson3.draw_noise(settings, [(0, int(each), 0) for each in label], denoiser.device)
@@ -290,7 +289,7 @@ def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
 
 
 def without_attention(denoiser):
-    """A copy whose attention adds nothing."""
+    """A copy of the denoiser whose attention adds nothing."""
     plain = copy.deepcopy(denoiser)
     for layer in plain.modules():
         if isinstance(layer, lesson2.AttentionBlock):
@@ -305,7 +304,7 @@ def show_reach():
     states, (height, width) = states_on_the_way(denoiser, settings, label), settings.size
     row, column, near = round(0.6 * height), round(0.35 * width), 6
     figure, axes = plt.subplots(2, 3, figsize=(7.5, 5.2))
-    kinds = {"with attention": denoiser, "switched off": without_attention(denoiser)}
+    kinds = {"with attention": denoiser, "without attention": without_attention(denoiser)}
     for line, (name, model) in zip(axes, kinds.items(), strict=True):
         line[0].set_ylabel(name)
         for axis, (sigma, x, _) in zip(line, states, strict=True):
@@ -315,15 +314,15 @@ def show_reach():
             tools.plot_image(
                 axis, (gradient / gradient.max()).log10(), f"σ = {sigma:.2g}: {far:.0%} far", vmin=-4, vmax=0
             )
-    said = f"(share over {near} pixels away; white: most, black: a ten-thousandth; {settings.data})"
+    said = f"(far: over {near} pixels away; white: largest, black: 1/10,000 of it; {settings.data})"
     figure.suptitle(f"With much noise, a pixel depends on the whole garment\n{said}")
     return figure
 
 
 # %% 7. Where a pixel looks
-# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? Two of
-# the shipped network's first three heads look mostly nearby, one mostly at the image's margins; where they look changes
-# with the noise.
+# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? Of the
+# shipped network's first three heads, two look mostly nearby and one looks mostly along the edges of the image. Where
+# they look changes with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
@@ -346,10 +345,11 @@ def show_look():
         y, place = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
         tools.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
         for axis, look in zip(row[1:], looks[:, y, place], strict=False):
-            far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()  # over two places away
+            far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()  # over two positions away
             tools.plot_image(axis, look, f"{far:.0%} far away", cmap="gray_r", vmin=0)
             axis.plot(place, y, "s", color="tab:orange", markerfacecolor="none")
-    figure.suptitle(f"Where three heads look\n(even weights: {even:.0%} far away; {settings.data})")
+    said = f"(far away: over two positions; even weights would give {even:.0%}; {settings.data})"
+    figure.suptitle(f"Different heads look at different positions\n{said}")
     return figure
 
 

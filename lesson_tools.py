@@ -45,7 +45,7 @@ class UserError(Exception):
 
 # %% Cells, sections, commands
 def is_cell(function):
-    """Whether a function was defined in a cell, at a prompt or in a notebook. Both set `sys.ps1`.
+    """Whether a function was defined in a cell, that is, at a prompt or in a notebook. Both set `sys.ps1`.
 
     IPython's `%run script.py` doesn't count: `sys.ps1` is set there too, but the code's file is `sys.argv[0]`.
     """
@@ -61,7 +61,7 @@ def section(show):
 
 
 def run_sections(script, out):
-    """Run a script's show_ functions, each under its section's title, and save their pictures in the folder out.
+    """Run a script's show_ functions, each under its section's title, and save their pictures in the folder `out`.
     script: its `globals()`."""
     out.mkdir(parents=True, exist_ok=True)
     lines = Path(script["__file__"]).read_text(encoding="utf-8").splitlines()
@@ -141,7 +141,7 @@ def plot_matrix(axes, matrix, title, rows=(), columns=(), cmap="Greys", digits=0
 
 
 def plot_images(axes, images, columns, rows=(), titles=()):
-    """Images `(n, 1, h, w)` in [-1, 1] in a grid, row by row; rows and titles name its rows and columns."""
+    """Draw images `(n, 1, h, w)`, from -1 to 1, as a grid, row by row; rows and titles name its rows and columns."""
     _, _, height, width = images.shape
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -len(images) % columns), value=-1)  # fill the grid with background
     grid = rearrange(images, "(rows columns) 1 h w -> (rows h) (columns w)", columns=columns)
@@ -167,7 +167,7 @@ def plot_grid(title, images, columns, rows=(), titles=()):
 
 
 def plot_losses(title, losses, previews):
-    """A figure of each step's loss so far `(n,)`, its running mean over 2 % of the steps, and the previews' losses."""
+    """A figure of the loss at each step so far `(n,)`, its running mean over 2 % of them, and the previews' losses."""
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure, axes = plt.subplots(figsize=(8, 4.5))
@@ -184,7 +184,7 @@ def plot_losses(title, losses, previews):
 
 
 def plot_previews(title, previews, batch_size):
-    """A row of samples for each preview: (step, uint8 images `(n, 1, h, w)`, {name: loss})."""
+    """A row of samples for each preview, a tuple (step, uint8 images `(n, 1, h, w)`, {name: loss})."""
     rows = [f"{step * batch_size:,} images\nloss {[*losses.values()][-1]:.3f}" for step, _, losses in previews]
     images = torch.cat([images for _, images, _ in previews]) / 127.5 - 1
     return plot_grid(title, images, len(previews[0][1]), rows)
@@ -218,11 +218,11 @@ def save_picture(figure, path, quiet=False):
 
 
 def writable_folder(text):
-    """For argparse: a folder to write to, created if necessary. Better to find out now than after training."""
+    """For argparse: a writable folder, created if necessary. Better to find out now than after training."""
     folder = Path(text).expanduser()
     try:
         if not text:
-            raise OSError("it is empty")
+            raise OSError("its name is empty")
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -255,8 +255,8 @@ def load_one_of_each():
 
 
 # %% Devices and processes
-# torchrun starts a script several times. Each process takes its share of every batch and updates with the mean of all
-# gradients (DistributedDataParallel), so all keep the same weights. Only the first one prints and writes files.
+# torchrun starts a script several times. Each process takes its share of every batch and updates its weights with the
+# mean of all gradients (DistributedDataParallel), so all weights stay equal. Only the first prints and writes files.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; WORLD_SIZE may also come from a cluster's scheduler
 PROCESSES, RANK = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if LAUNCHED else (1, 0)
 
@@ -271,7 +271,7 @@ def choose_device(name):
         cuda = False
     there = {"cuda": cuda, "cpu": True, "mps": mps}
     if name == "auto" and not cuda and shutil.which("nvidia-smi"):
-        print("note      this PyTorch can't use the NVIDIA GPU, so the CPU is used; pytorch.org has other builds")
+        print("note      this PyTorch can't use the NVIDIA GPU, so we use the CPU; pytorch.org has other builds")
     available = [device for device in there if there[device]]
     if name not in ("auto", *available):
         raise UserError(f"--device {name}: not available here, only {', '.join(available)}")
@@ -355,7 +355,7 @@ def load_checkpoint(path, kind, **asked):
 
 
 def check_same(path, settings, **asked):
-    """Raises UserError if a checkpoint's settings differ from what was asked for."""
+    """Raise UserError if a checkpoint's settings differ from those asked for."""
     there = settings._asdict()
     differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
     if differing:
@@ -388,7 +388,7 @@ def stop_signals():
         stops.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several would stop at different steps
+    kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several processes would stop at different steps
     handlers = {kind: signal.signal(kind, request_stop) for kind in kinds}
     try:
         yield stops
@@ -398,7 +398,7 @@ def stop_signals():
 
 
 def read_numbers(recent, step):
-    """The numbers a loop yielded in its last steps, `(steps, numbers)`. Raises UserError if one is not finite."""
+    """The numbers from a loop's latest steps, `(steps, numbers)`. Raises UserError if one is not finite."""
     values = torch.stack(recent).cpu()
     if not values.isfinite().all():
         tip = "try --restart with another --batch-size or --seed (the last checkpoint is still good)"
@@ -512,15 +512,15 @@ def make_run_parser(script, description, presets):
     --n and --steps."""
     parser = make_parser(script, description)
     add, count = parser.add_argument, number(int, 1, 10**6)
-    add("--data", choices=data.NAMES, default="auto", help="auto: Fashion-MNIST, or synthetic garments without it")
+    add("--data", choices=data.NAMES, default="auto", help="auto: Fashion-MNIST, or synthetic garments if unavailable")
     add("--data-dir", metavar="DIR", help="IDX files, or a folder of images per class (default: $FASHION_MNIST_DIR)")
     add("--preset", choices=presets, help="network and training settings (default: small)")
     add("--epochs", metavar="E", type=number(float, 1e-9, 1e6), help="passes over the data (default: from the preset)")
     add("--batch-size", metavar="B", type=count, help="images per training step (default: the preset's)")
-    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="seed of all random numbers (default: 0)")
+    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="random seed (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
     add("--show", action="store_true", help="run the sections instead of training; pictures go to lesson/ in --out")
-    add("--n", metavar="N", type=count, help="images to sample; with classes, per class (default: %(default)s)")
+    add("--n", metavar="N", type=count, help="images to sample; in lesson 4, per class (default: %(default)s)")
     add("--steps", metavar="S", type=count, help="sampling steps (default: %(default)s)")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--restart", action="store_true", help="train from scratch, even if there is a checkpoint")

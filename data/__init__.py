@@ -37,8 +37,8 @@ def load(name="auto", split="train", data_dir=None, download=True):
         `$FASHION_MNIST_DIR`, if it is set. Must be None for garments.
     download: whether Fashion-MNIST may be downloaded; if not, "auto" uses it only if it is already on disk.
 
-    Raises DataError, with a one-line message for the user, if files are missing or damaged (your own images: when they
-    are read); ValueError for an unknown name.
+    Raises DataError, with a one-line message for the user, if files are missing or damaged (for your own images, only
+    once they are read); ValueError for an unknown name.
     """
     if name not in NAMES or split not in SPLITS:
         raise ValueError(f"no data set {name!r}, {split!r}: name is one of {NAMES}, split one of {SPLITS}")
@@ -64,7 +64,7 @@ def load(name="auto", split="train", data_dir=None, download=True):
 
 
 def descend(folder):
-    """The innermost folder, descending while each holds one folder and no data. Raises DataError if there is none."""
+    """Go down while a folder holds one folder and no data; return the last. Raises DataError if `folder` isn't one."""
     if not folder.is_dir():
         raise DataError(f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}")
     folders, files = pictures.look(folder)

@@ -62,7 +62,7 @@ class DownloadError(DataError):
 
 def load(split, folder, may_download=True):
     """Images, labels, class names, and the data set's name. If the files aren't the official ones, the name is None,
-    and the classes are "0", "1", ..., without labels that no training image has.
+    and the classes are the labels that occur in the training set, as text: "0", "1", ...
 
     split: "train" or "test". folder: where the files are; None means the cache, which a download fills. Raises
     DataError if a file is missing or damaged; DownloadError if a download fails or isn't allowed (may_download).
@@ -89,7 +89,7 @@ def load(split, folder, may_download=True):
 
 def find(folder, name):
     """The file's path, or None. It may be gzipped or plain, with ".idx" instead of "-idx" in its name, and in a folder
-    of its own name (as in Kaggle's archive)."""
+    named after it (as in Kaggle's archive)."""
     names = (name, name.replace("-idx", ".idx"))
     paths = [folder / place / f"{stem}{end}" for stem in names for place in (".", stem) for end in (".gz", "")]
     return next((path for path in paths if path.is_file()), None)

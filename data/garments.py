@@ -1,30 +1,30 @@
-"""Garments drawn with NumPy alone, for a machine that can't download Fashion-MNIST: its ten classes, its picture size.
+"""Synthetic garments, drawn with NumPy alone, for machines that can't download Fashion-MNIST: same classes, same size.
 
-A garment is a handful of polygons, painted over each other from back to front. Many pictures of a class are drawn at
-once: whatever differs between them is an array (n,). Positions are in pixels, x from -14 (left) to 14 (right), y from 0
-(top) to 28 (bottom); shades go from 0 (black) to 1 (white).
+A garment is a handful of polygons, painted over each other from back to front. Many images of a class are drawn at
+once, so whatever differs between them is an array (n,). Positions are in pixels, x from -14 (left) to 14 (right), y
+from 0 (top) to 28 (bottom); shades go from 0 (black) to 1 (white).
 """
 
 import numpy as np
 
 SIZE = 28
-SPLITS = {"train": 10_000, "test": 2_000}  # how many pictures each has, unless told otherwise
-SCANLINES = 4  # in each row of pixels
-CHUNK = 250  # pictures drawn at once: few enough to stay in the processor's cache
+SPLITS = {"train": 10_000, "test": 2_000}  # images of each, by default
+SCANLINES = 4  # per row of pixels
+CHUNK = 250  # images drawn at once: few enough to stay in the processor's cache
 
 
 def draw(split, n=None, seed=0):
-    """Pictures of garments and their classes, balanced and in random order: a function of split, n and seed alone.
+    """Images of garments and their labels, balanced and in random order: a function of split, n and seed alone.
 
-    split: "train" or "test", which share no picture. n: how many, at least 1 (default: 10,000 and 2,000).
-    Returns images uint8 (n, 28, 28), 0 is background, and labels int64 (n,), 0 to 9, numbered as in Fashion-MNIST.
-    Raises ValueError for another split, n below 1, or (from NumPy) a negative seed.
+    split: "train" or "test", which share no image. n: how many, at least 1 (default: 10,000 and 2,000).
+    Returns images, uint8 (n, 28, 28) with background 0, and labels, int64 (n,), 0 to 9, numbered as in Fashion-MNIST.
+    Raises ValueError for any other split, n below 1, or (from NumPy) a negative seed.
     """
     if split not in SPLITS:
-        raise ValueError(f"no split {split!r}: it is one of {tuple(SPLITS)}")
+        raise ValueError(f"no split {split!r}: it must be one of {tuple(SPLITS)}")
     n = SPLITS[split] if n is None else n
     if n < 1:
-        raise ValueError(f"cannot draw {n} pictures: n is at least 1")
+        raise ValueError(f"cannot draw {n} images: n must be at least 1")
     rng = np.random.default_rng([list(SPLITS).index(split), seed])  # each split has its own random numbers
     labels = rng.permutation(np.arange(n) % len(GARMENTS))
     images = np.empty((n, SIZE, SIZE), np.uint8)
@@ -38,7 +38,7 @@ def draw(split, n=None, seed=0):
     return images, labels
 
 
-# Polygons and paths are arrays (n, vertices, 2), or (1, vertices, 2) where all pictures have the same.
+# Polygons and paths are arrays (n, vertices, 2), or (1, vertices, 2) if all images share them.
 
 
 def points(*pairs):
@@ -48,7 +48,7 @@ def points(*pairs):
 
 
 def arc(x, y, width, height, start=0.0, end=1.0):
-    """A path on the ellipse around (x, y), clockwise from the right; start and end are turns, 0 to 1."""
+    """A path on the ellipse around (x, y), clockwise from the right; start and end are in turns, 0 to 1."""
     angles = 2 * np.pi * np.linspace(start, end, 12)
     return points(*[(x + width / 2 * np.cos(angle), y + height / 2 * np.sin(angle)) for angle in angles])
 
@@ -63,7 +63,7 @@ def whole(half):
 
 
 def smooth(polygon):
-    """Round a polygon by cutting its corners off at a quarter of each edge (Chaikin, 1974)."""
+    """Round a polygon by cutting off its corners at a quarter of each edge (Chaikin 1974)."""
     following = np.roll(polygon, -1, axis=1)
     cuts = np.stack([0.75 * polygon + 0.25 * following, 0.25 * polygon + 0.75 * following], axis=2)
     return cuts.reshape(len(cuts), -1, 2)  # n vertices cuts 2 -> n (vertices cuts) 2
@@ -72,25 +72,25 @@ def smooth(polygon):
 def fill(polygon):
     """How much of each pixel a polygon covers: (n, 28, 28), 0 to 1; here x counts from the left, like y from the top.
 
-    From left to right along a scanline, an edge that goes down begins the inside and one that goes up ends it, or the
-    other way round. So what part of the scanline is inside, in one pixel, is the sum over all crossings of +1 or -1,
-    times the part of the pixel that lies to the right of the crossing. The mean over its scanlines is its coverage.
+    Walk along a scanline from left to right: an edge that goes down takes you inside and one that goes up takes you
+    out, or the other way round. So on one scanline, the part of a pixel that is inside is a sum over all crossings: +1
+    or -1, times the part of the pixel to the right of the crossing. A pixel's coverage is the mean over its scanlines.
     """
     n, vertices, _ = polygon.shape
     start, end = polygon.reshape(-1, 2), np.roll(polygon, -1, axis=1).reshape(-1, 2)  # of each edge
-    # an edge crosses the scanlines y = (line + 1/2) / SCANLINES from `first` to before `last`
+    # an edge crosses the scanlines y = (line + 1/2) / SCANLINES from `first` up to but excluding `last`
     lines = np.ceil(np.stack([start[:, 1], end[:, 1]]) * SCANLINES - 0.5).clip(0, SIZE * SCANLINES).astype(np.int64)
     first, last = lines.min(axis=0), lines.max(axis=0)
     count = last - first
     run, rise = (end - start).T
     slope = run / np.where(count > 0, rise, 1)
-    # from here on one entry for each crossing
+    # from here on, one entry per crossing
     edge = np.repeat(np.arange(n * vertices), count)
     line = np.arange(len(edge)) - np.repeat(np.cumsum(count) - last, count)
     x = (start[edge, 0] + slope[edge] * ((line + 0.5) / SCANLINES - start[edge, 1])).clip(0, SIZE)
     column = x.astype(np.int64)
     sign = np.where(lines[1] > lines[0], 1, -1)[edge] / SCANLINES
-    # the crossed pixel gets what lies right of x, the next one the rest; two columns more, as x can be SIZE
+    # the crossed pixel gets the part to the right of x, the next one the rest; two extra columns, as x can be SIZE
     place = (edge // vertices * SIZE + line // SCANLINES) * (SIZE + 2) + column
     change = np.bincount(place, sign * (column + 1 - x), n * SIZE * (SIZE + 2))
     change += np.bincount(place + 1, sign * (x - column), n * SIZE * (SIZE + 2))
@@ -99,16 +99,16 @@ def fill(polygon):
 
 
 class Canvas:
-    """n pictures of one class, black at first, and the random numbers that tell one from another."""
+    """n images of one class, black at first, and the random numbers that make each one different."""
 
     def __init__(self, rng, n):
         self.rng, self.n = rng, n
         self.images = np.zeros((n, SIZE, SIZE), np.float32)
         self.pose = np.eye(2) + rng.uniform(-0.03, 0.03, (n, 2, 2))  # a little turned, sheared and scaled ...
-        self.shift = SIZE / 2 + rng.uniform(-0.5, 0.5, (n, 1, 2))  # ... and out of the middle
+        self.shift = SIZE / 2 + rng.uniform(-0.5, 0.5, (n, 1, 2))  # ... and off-centre
 
     def vary(self, low, high):
-        """A random number for each picture, `low` to `high`: (n,), for coordinates."""
+        """A random number from `low` to `high` for each image: (n,), for coordinates."""
         return self.rng.uniform(low, high, self.n)
 
     def tone(self, low, high):
@@ -116,14 +116,14 @@ class Canvas:
         return self.vary(low, high).astype(np.float32)[:, None, None]
 
     def chance(self, probability):
-        """The pictures that get what not all have: (n,), bool."""
+        """Which images get an optional detail: (n,), bool."""
         return self.rng.random(self.n) < probability
 
     def paint(self, polygon, shade, only=True, inside=1.0):
         """Paint a polygon over what is there. Returns its coverage (n, 28, 28).
 
-        shade: a number, (n, 1, 1) or (n, 28, 28). only: bool (n,), the pictures to paint on.
-        inside: a coverage (n, 28, 28) that the paint shall not leave.
+        shade: a number, (n, 1, 1) or (n, 28, 28). only: bool (n,), the images to paint on.
+        inside: a coverage (n, 28, 28) that the paint stays within.
         """
         placed = (polygon - (0, SIZE / 2)) @ self.pose + self.shift
         coverage = inside * fill(placed * np.reshape(only, (-1, 1, 1)))  # times False: a polygon without area
@@ -140,7 +140,7 @@ class Canvas:
     def fabric(self, *patterns, patterned):
         """Shades (n, 28, 28) of a material with folds, grain and light from one side, plain or patterned.
 
-        patterns: of "stripes", "checks", "print" and "fade". patterned: the probability of having one of them.
+        patterns: any of "stripes", "checks", "print" and "fade". patterned: the probability of having one of them.
         """
 
         def wave(axis, shortest, longest):
@@ -166,7 +166,7 @@ class Canvas:
 
 
 def is_light(fabric):
-    """The pictures on which a print must be dark to be seen: (n, 1, 1), bool."""
+    """Which images have a fabric so light that a print on it must be dark: (n, 1, 1), bool."""
     return fabric.mean(axis=(1, 2), keepdims=True) > 0.65
 
 
@@ -176,7 +176,7 @@ def is_light(fabric):
 def upper_body(canvas, fabric, shoulder, chest, neck, waist, hem, sleeve):
     """Paint two sleeves, and the body between them. Returns the coverage of the body.
 
-    shoulder, chest: half their widths. neck, waist, hem: each half its width, and its y (the neckline's in front).
+    shoulder, chest: half their widths. neck, waist, hem: half the width and the y of each (the neck's in front).
     sleeve: length (0 for none), angle away from the body in turns, width at the end.
     """
     top, armpit = 2, 8.5
@@ -291,7 +291,7 @@ def sandal(canvas):
     ankle, strapped = canvas.vary(7, 9), canvas.chance(0.8)
     toes, instep = [above(-12, -0.5), above(-11, 3), above(-8, 5)], [above(-3, 6.5), above(2, ankle - 1)]
     foot = smooth(points(*toes, *instep, above(5, ankle + 1), above(13, ankle + 1), above(13, -3)))
-    foot = canvas.paint(foot, 0)  # not to be seen, but straps lie on it
+    foot = canvas.paint(foot, 0)  # invisible, but the straps lie on it
     for middle, wanted in ((-8.3, True), (-3.2, ~strapped | canvas.chance(0.4))):
         x, y = above(middle + canvas.vary(-0.7, 0.7), -1)
         strap = arc(x, y, canvas.vary(5.5, 7.5), canvas.vary(9, 13), 0.5, 1)

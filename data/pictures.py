@@ -1,6 +1,6 @@
 """Your own images: a folder with one subfolder per class (as for torchvision's ImageFolder).
 
-Pillow reads them; matplotlib depends on it already.
+Pillow reads them; matplotlib already depends on it.
 """
 
 import functools
@@ -29,9 +29,9 @@ def look(folder):
 def find(folder):
     """The training images and the test images, each as `{class: [paths]}`.
 
-    Folders called as in TRAIN and TEST are the splits, if there are no others. Otherwise every tenth image of a class
-    is held out for the test. If no class has ten, the largest class gives its last one; if none has even two, both
-    splits contain everything.
+    Folders whose names are in TRAIN and TEST are the splits, if there are no other folders. Otherwise every tenth image
+    of a class is held out for the test. If no class has ten, the largest class gives up its last one; if none has even
+    two, both splits contain everything.
     """
     folders = {path.name.lower(): path for path in look(folder)[0]}
     train, test = ([folders[name] for name in names if name in folders] for names in (TRAIN, TEST))
@@ -66,7 +66,7 @@ def find_classes(folder, name):
 def load(split, folder):
     """(read_images, labels, class names). Raises DataError, and so may read_images().
 
-    read_images() makes the images grey, fits them to 28 × 28 pixels on black, and prints what it skipped or lost.
+    read_images() converts the images to greyscale, fits them to 28 × 28 on black, and prints what it skipped or lost.
     """
     splits = train, test = find(folder)
     classes, chosen = tuple(train), train if split == "train" else test
@@ -97,7 +97,7 @@ def read_all(folder, files):
     others = Counter(path.suffix for path in folder.rglob("[!.]*") if path.is_file() and path not in images)
     for count, what in (
         (others.total(), f"other files skipped ({', '.join(sorted(others))})"),
-        (coloured, f"of {len(images):,} images are in colour, and become grey"),
+        (coloured, f"of {len(images):,} images are in colour, and become greyscale"),
         (len(grey), f"of {len(images):,} images become almost uniformly grey, such as {', '.join(grey[:1])}"),
     ):
         if count:

@@ -1,6 +1,6 @@
 """Pixels look at each other (Vaswani et al. 2017, section 3.2).
 
-Parameters are a dictionary with the names of the PyTorch module, as arrays; a linear layer is `x @ weight.T + bias`.
+Parameters are a dictionary of arrays, named as in the PyTorch module; a linear layer is `x @ weight.T + bias`.
 """
 
 import math
@@ -12,7 +12,7 @@ from reference_numpy.layers import group_norm, with_prefix
 
 def softmax(scores):
     """Positive weights that sum to one along the last axis; a larger score gets a larger weight."""
-    positive = np.exp(scores - scores.max(axis=-1, keepdims=True))  # the shift changes nothing but avoids overflow
+    positive = np.exp(scores - scores.max(axis=-1, keepdims=True))  # the shift avoids overflow and cancels out
     return positive / positive.sum(axis=-1, keepdims=True)
 
 
@@ -23,9 +23,9 @@ def attention(q, k, v):
 
 
 def multi_head_self_attention(tokens, parameters, heads):
-    """(s, c) -> (s, c): each head has q, k and v of its own, projections of all channels; their averages are joined.
+    """(s, c) -> (s, c): each head has its own q, k and v, projected from all channels; the heads' averages are joined.
 
-    The rows of one matrix do it for all heads: those of q first, head after head, then those of k, then those of v.
+    A single matrix serves all heads: its rows are those of q first, head after head, then those of k, then those of v.
     """
     p = parameters
     q, k, v = np.split(tokens @ p["qkv.weight"].T + p["qkv.bias"], 3, axis=1)  # (s, c) each
@@ -38,7 +38,7 @@ def multi_head_self_attention(tokens, parameters, heads):
 
 
 def attention_block(x, parameters, heads, groups=1):
-    """(n, c, h, w) -> (n, c, h, w): every pixel is a token; what attention makes of it is added to it."""
+    """(n, c, h, w) -> (n, c, h, w): every pixel is a token, and the output of attention is added to it."""
     n, c, h, w = x.shape
     p = parameters
     normed = group_norm(x, groups, p["norm.weight"], p["norm.bias"])
@@ -67,11 +67,11 @@ def causal_attention(q, k, v):
     return averages
 
 
-# A transformer adds to each token what attention makes of it, and then what a small network makes of the sum.
+# A transformer block adds to each token the output of attention, and then that of a small network (an MLP).
 
 
 def layer_norm(tokens, weight, bias, eps=1e-5):
-    """(s, c): each token to mean 0 and variance 1, then scaled and shifted."""
+    """(s, c): normalise each token to mean 0 and variance 1, then scale and shift it."""
     deviation = tokens - tokens.mean(axis=1, keepdims=True)
     return deviation / np.sqrt(tokens.var(axis=1, keepdims=True) + eps) * weight + bias
 
@@ -108,7 +108,7 @@ def vision_transformer(image, parameters, heads, depth, patch):
 
 
 def convolution_by_attention(image, weight, bias):
-    """A 3×3 convolution with zeros around the image, from attention weights alone (Cordonnier et al. 2020).
+    """A zero-padded 3×3 convolution as attention with nine heads, one for each offset (Cordonnier et al. 2020).
 
     image: (c, h, w). weight: (out, c, 3, 3). bias: (out,). Returns (out, h, w).
     """
@@ -120,6 +120,6 @@ def convolution_by_attention(image, weight, bias):
         for j in range(3):  # the head that attends to the pixel under weight[:, :, i, j]
             for query, (row, column) in enumerate(pixels):
                 distances = [(row + i - 1 - r) ** 2 + (column + j - 1 - s) ** 2 for r, s in pixels]
-                weights = softmax(-100 * np.array([*distances, 0.5]))  # of zeros, if there's no such pixel
+                weights = softmax(-100 * np.array([*distances, 0.5]))  # the zeros win if there is no such pixel
                 y[:, query] += weight[:, :, i, j] @ (weights @ values)
     return y.reshape(-1, h, w)

@@ -1,4 +1,4 @@
-"""From noise to images: the denoiser, guidance, and three ways to follow it down (Karras et al. 2022).
+"""From noise to images: the denoiser, guidance, and the samplers (Karras et al. 2022).
 
 A noisy image is x = x0 + sigma · noise. A denoiser predicts x0 from x and sigma: x0_hat.
 """
@@ -12,36 +12,36 @@ from reference_numpy.layers import pixel_shuffle, pixel_unshuffle
 def denoise(network, x, sigma, label, sigma_data, patch, time_scale):
     """Noisy images x (n, c, h, w) and their sigma (n,) -> x0_hat (n, c, h, w).
 
-    network(x, time, label): see `cond_unet`. sigma_data: standard deviation of the images. patch: the pixels of patches
-    of this size are the network's channels. time_scale: the network's time is ln(sigma) / 4 times this.
+    network(x, time, label): see `cond_unet`. sigma_data: standard deviation of the images. patch: side of the patches
+    whose pixels become the network's channels. time_scale: the network's time is ln(sigma) / 4 times this.
     """
     s = sigma[:, None, None, None]  # (n, 1, 1, 1)
     c_skip = sigma_data**2 / (s**2 + sigma_data**2)  # how much of x stays
-    c_out = s * sigma_data / np.sqrt(s**2 + sigma_data**2)  # standard deviation of what the network has to find
+    c_out = s * sigma_data / np.sqrt(s**2 + sigma_data**2)  # standard deviation of the rest, x0 - c_skip x
     c_in = 1 / np.sqrt(s**2 + sigma_data**2)  # gives the network's input variance 1
     h = network(pixel_unshuffle(c_in * x, patch), time_scale * np.log(sigma) / 4, label)
     return c_skip * x + c_out * pixel_shuffle(h, patch)
 
 
 def denoising_loss(x0_hat, x0, sigma, sigma_data):
-    """(n,): the mean squared error of each image, divided by the variance of what its network had to find, c_out²."""
+    """(n,): the mean squared error per image, divided by c_out²: the error of the network's own output."""
     squared = (x0_hat - x0) ** 2
     return squared.mean(axis=(1, 2, 3)) * (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def ideal_denoiser(x, sigma, images):
-    """Noisy x (n, c, h, w), one number sigma, and all images there are, (m, c, h, w) -> the mean of those that each x
-    may have been, (n, c, h, w). By Bayes' rule an image counts as much as the noise x - image is likely."""
+    """Noisy x (n, c, h, w), one number sigma, and all images there are, (m, c, h, w) -> for each x the best guess of
+    x0, (n, c, h, w): the mean of all images, each weighted by how likely the noise x - image is (Bayes' rule)."""
     x0_hat = np.empty_like(x)
     for i in range(len(x)):
-        squared = ((x[i] - images) ** 2).sum(axis=(1, 2, 3))  # (m,): how far away each image is
+        squared = ((x[i] - images) ** 2).sum(axis=(1, 2, 3))  # (m,): the squared distance to each image
         weights = softmax(-squared / (2 * sigma**2))  # (m,)
         x0_hat[i] = np.tensordot(weights, images, axes=1)  # (c, h, w)
     return x0_hat
 
 
 def guide(with_label, without, guidance):
-    """Two x0_hat, with and without the label -> from the second past the first (Ho and Salimans 2022)."""
+    """x0_hat with and without the label -> a point on the line through both, past the first (Ho and Salimans 2022)."""
     return with_label + guidance * (with_label - without)
 
 
@@ -55,7 +55,7 @@ def noise_levels(steps, sigma_min, sigma_max, rho=7):
 
 
 def starting_noise(seed, label, index, shape):
-    """What image `index` of a class begins with: standard normal numbers that depend on these three alone."""
+    """The noise that image `index` of a class starts from: standard normal, and a function of these numbers alone."""
     return np.random.default_rng((seed, label, index)).standard_normal(shape, np.float32)
 
 
@@ -64,7 +64,7 @@ def starting_noise(seed, label, index, shape):
 
 
 def sample_ddim(denoise, noise, sigmas):
-    """Keep the fraction of the noise that the next level allows (Song et al. 2021)."""
+    """Split x into x0_hat and noise, and mix them again at the next noise level (Song et al. 2021)."""
     states = [sigmas[0] * noise]
     for i in range(len(sigmas) - 1):
         x = states[-1]
@@ -75,14 +75,14 @@ def sample_ddim(denoise, noise, sigmas):
 
 
 def sample_dpm(denoise, noise, sigmas):
-    """DPM-Solver++(2M): where x0_hat has been going, half a step ahead (Lu et al. 2022, algorithm 2)."""
+    """DPM-Solver++(2M): DDIM's step, with x0_hat extrapolated half a step ahead (Lu et al. 2022, algorithm 2)."""
     states = [sigmas[0] * noise]
     before = []  # every x0_hat so far
     for i in range(len(sigmas) - 1):
         x = states[-1]
         x0_hat = denoise(x, sigmas[i])
         before.append(x0_hat)
-        if sigmas[i + 1] == 0:  # all noise is gone: there remains what the denoiser sees
+        if sigmas[i + 1] == 0:  # all noise is gone, and x0_hat remains
             states.append(x0_hat)
             continue
         step = np.log(sigmas[i] / sigmas[i + 1])
@@ -94,7 +94,7 @@ def sample_dpm(denoise, noise, sigmas):
 
 
 def sample_heun(denoise, noise, sigmas):
-    """The mean of the slopes dx / dsigma at both ends of the step (Karras et al. 2022, algorithm 1)."""
+    """Follow the mean of the slopes dx / dsigma at both ends of the step (Karras et al. 2022, algorithm 1)."""
     states = [sigmas[0] * noise]
     for i in range(len(sigmas) - 1):
         x = states[-1]
@@ -109,7 +109,7 @@ def sample_heun(denoise, noise, sigmas):
 
 def sample_flow(denoise, noise, times):
     """Flow matching: as t grows, z = (1 - t) x0 + t noise moves at the velocity noise - x0 (Lipman et al. 2023).
-    times: falling to 0. Returns z at each of them."""
+    times: from below 1 down to 0. Returns z at each of them."""
     states = [times[0] * noise]
     for i in range(len(times) - 1):
         z, t = states[-1], times[i]

@@ -19,7 +19,7 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
 
 
 def shift_matrix(shift, dim, max_period=10_000):
-    """The (dim, dim) matrix that takes the embedding of t to that of t + shift: each pair of columns turns alone."""
+    """The (dim, dim) matrix that takes the embedding of t to that of t + shift: it rotates each (sin, cos) pair."""
     half = dim // 2
     matrix = np.zeros((dim, dim))
     for k, frequency in enumerate(max_period ** -np.linspace(0, 1, half)):

@@ -10,12 +10,12 @@ def linear(x, weight, bias):
 
 
 def silu(x):
-    """x times a number between 0 and 1 that grows with x: nearly x on the right, nearly 0 on the left."""
+    """x times a number between 0 and 1 that grows with x: nearly x if x is large, nearly 0 if it is very negative."""
     return x / (1 + np.exp(-x))
 
 
 def group_norm(x, groups, weight, bias, eps=1e-5):
-    """(n, c, h, w): each image's channels in groups, each group to mean 0 and variance 1, then scaled and shifted."""
+    """(n, c, h, w): normalise each group of an image's channels to mean 0 and variance 1, then scale and shift."""
     n, c, h, w = x.shape
     grouped = x.reshape(n, groups, -1)
     normed = (grouped - grouped.mean(axis=2, keepdims=True)) / np.sqrt(grouped.var(axis=2, keepdims=True) + eps)
@@ -23,9 +23,9 @@ def group_norm(x, groups, weight, bias, eps=1e-5):
 
 
 def convolution(x, weight, bias, stride=1, padding=0):
-    """(n, c, h, w) -> (n, out, h', w'): at each place, the window of pixels there times weight (out, c, i, j), summed.
+    """(n, c, h, w) -> (n, out, h', w'): at each position, the window of pixels times weight (out, c, i, j), summed.
 
-    padding: rows and columns of zeros around each image. stride: from one window to the next.
+    padding: rows and columns of zeros on each side of an image. stride: the step from one window to the next.
     """
     x = np.pad(x, ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     windows = sliding_window_view(x, weight.shape[2:], axis=(2, 3))  # (n, c, h', w', i, j): a view, nothing is copied
@@ -50,7 +50,7 @@ def pixel_unshuffle(x, patch):
 
 
 def pixel_shuffle(x, patch):
-    """(n, c patch², h, w) -> (n, c, h patch, w patch): the same way back."""
+    """(n, c patch², h, w) -> (n, c, h patch, w patch): the inverse of `pixel_unshuffle`."""
     n, c, h, w = x.shape
     y = np.empty((n, c // patch**2, h * patch, w * patch))
     for row in range(patch):
@@ -60,5 +60,5 @@ def pixel_shuffle(x, patch):
 
 
 def with_prefix(parameters, prefix):
-    """The parameters whose names begin with the prefix, under the rest of their names."""
+    """The parameters whose names begin with the prefix, with the prefix removed."""
     return {name.removeprefix(prefix): array for name, array in parameters.items() if name.startswith(prefix)}

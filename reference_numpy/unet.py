@@ -1,7 +1,7 @@
 """The conditional U-Net (Ronneberger et al. 2015), and the simpler ones of lesson 3.
 
-Parameters are a dictionary with the names of the PyTorch network, as arrays. They show how many layers there are, and
-which of them have attention; the number of groups and the channels of a head can't be seen there, and are arguments.
+Parameters are a dictionary of arrays, named as in the PyTorch network. They show how many layers there are, and which
+of them have attention. They don't show the number of groups or the channels per head, so those are arguments.
 """
 
 import numpy as np
@@ -12,9 +12,9 @@ from reference_numpy.layers import convolution, group_norm, linear, silu, upsamp
 
 
 def residual_block(x, embedding, parameters, groups):
-    """(n, c, h, w) -> (n, out, h, w): x, and added to it what two convolutions find.
+    """(n, c, h, w) -> (n, out, h, w): x plus the output of two convolutions.
 
-    embedding: (n, dim), from which each channel's scale and shift come, or None.
+    embedding: (n, dim), which gives each channel its scale and shift, or None.
     """
     p = parameters
     h = group_norm(x, groups, p["conv1.norm.weight"], p["conv1.norm.bias"])
@@ -41,7 +41,7 @@ def block(x, embedding, parameters, groups, head_dim):
 
 
 def embed(time, label, parameters):
-    """(n,) and (n,) -> (n, dim): the embedding of time and label that every block gets; None if there is none."""
+    """(n,) and (n,) -> (n, dim): the embedding of time and label for every block; None if the network has none."""
     p = parameters
     if "embed_time.linear1.weight" not in p:
         return None
@@ -59,7 +59,7 @@ def embed(time, label, parameters):
 def cond_unet(x, time, label, parameters, groups, head_dim=None):
     """(n, channels, h, w) -> (n, channels, h, w). time: (n,). label: (n,) whole numbers, or None for "no label".
 
-    The U-Nets without label or time are the same with fewer parameters.
+    The U-Nets without label or time are this function with fewer parameters.
     """
     p = parameters
     embedding = embed(time, label, p)

@@ -555,7 +555,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--class", "Hat", "--data", "garments"], "Ankle boot"),
         (["--rest"], "unrecognized"),
         (["--out", __file__], "must be a folder that can be written to"),
-        (["--out", ""], "must be a folder that can be written to (it is empty)"),
+        (["--out", ""], "must be a folder that can be written to (its name is empty)"),
         (
             ["--data-dir", str(ROOT / "tests"), "--out", str(ROOT / "tests")],
             "--out must not lie in the --data-dir folder",
@@ -628,4 +628,4 @@ def test_each_script_is_a_command_and_its_help_says_what_there_is(script, monkey
     assert "--out DIR" in said
     defaults = {"03_unet_uncond.py": 100, "04_unet_cond.py": 10}
     if script.name in defaults:
-        assert f"with classes, per class (default: {defaults[script.name]})" in said
+        assert f"in lesson 4, per class (default: {defaults[script.name]})" in said
