@@ -1,8 +1,8 @@
-"""Two small classifiers of Fashion-MNIST, whose features measure how good samples are. `classifiers.pt` holds them.
+"""Two small Fashion-MNIST classifiers, whose features measure how good samples are. `classifiers.pt` holds them.
 
-The distance between two sets of images is the Fréchet distance, as in FID, but between the features of these networks
-(Heusel et al. 2017 take those of Inception, which was trained on photographs). It depends on the network; as everybody
-has the same two, everybody's distances compare. `python tests/classifiers.py` trains them, in 18 minutes on two cores.
+The distance between two sets of images is the Fréchet distance, as in FID, but in the features of these networks
+(Heusel et al. 2017 use those of Inception, trained on photographs). It depends on the network; as everyone has the same
+two, everyone's distances can be compared. `python tests/classifiers.py` trains them, in 18 minutes on two cores.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def residual(width=24):
 
 
 def plain(width=32):
-    """Six convolutions and maxima, no shortcuts (after Simonyan and Zisserman 2014, "VGG")."""
+    """Six convolutions and max pooling, no shortcuts (after Simonyan and Zisserman 2014, "VGG")."""
 
     def layer(in_channels, out_channels):
         convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
@@ -61,13 +61,13 @@ ARCHITECTURES = {"residual": residual, "plain": plain}
 
 
 class Classifier(nn.Module):
-    """One of the two architectures, pooled, and ten classes."""
+    """One of the two architectures, average pooling, and a linear layer to ten classes."""
 
     def __init__(self, name):
         super().__init__()
         self.blocks = ARCHITECTURES[name]()
         self.classify = nn.LazyLinear(10)
-        self(torch.zeros(2, 1, 28, 28))  # so that it knows how many features there are
+        self(torch.zeros(2, 1, 28, 28))  # tells LazyLinear the number of features
 
     def features(self, x):
         """x: float32 (n, 1, 28, 28) in [-1, 1]. Returns (n, features)."""
@@ -78,7 +78,7 @@ class Classifier(nn.Module):
 
 
 def augment(images, generator):
-    """Shift a batch `(n, 1, 28, 28)` by up to two pixels, and mirror it half of the time."""
+    """Shift a batch `(n, 1, 28, 28)` by up to two pixels, and mirror it half the time."""
     dy, dx, mirror = torch.randint(0, 10, (3,), generator=generator).tolist()
     images = F.pad(images, (2, 2, 2, 2), value=-1)[..., dy % 5 : dy % 5 + 28, dx % 5 : dx % 5 + 28]
     return images.flip(3) if mirror < 5 else images
@@ -90,7 +90,7 @@ def to_range(images):
 
 
 def train(classifier, images, labels, epochs=10, batch_size=128, rate=2e-3):
-    """images: uint8 (n, 28, 28), labels: int64 (n,). The classifier is changed in place."""
+    """images: uint8 (n, 28, 28), labels: int64 (n,). Changes the classifier in place."""
     generator = torch.Generator().manual_seed(0)
     steps = epochs * (len(images) // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), rate, weight_decay=0.05)
@@ -121,9 +121,9 @@ def load(device):
 
 @torch.no_grad()
 def look(classifier, images, batch_size=500):
-    """Features (n, d) and class (n,) of float32 images (n, 1, 28, 28) in [-1, 1], both on the CPU."""
+    """Features (n, d) and predicted classes (n,) of float32 images (n, 1, 28, 28) in [-1, 1], both on the CPU."""
     device = classifier.classify.weight.device
-    batches = tqdm(images.split(batch_size), desc="looking", leave=False, disable=None)
+    batches = tqdm(images.split(batch_size), desc="classifying", leave=False, disable=None)
     features = torch.cat([classifier.features(batch.to(device)) for batch in batches])
     return features.cpu(), classifier.classify(features).argmax(dim=1).cpu()
 
@@ -142,7 +142,7 @@ def main():
             key: value.half() if value.is_floating_point() else value for key, value in classifier.state_dict().items()
         }
     tools.save_checkpoint(PATH, weights)
-    for name, classifier in load("cpu").items():  # as everybody will use them, in float16
+    for name, classifier in load("cpu").items():  # rounded to float16, as everyone will use them
         _, found = look(classifier, to_range(torch.from_numpy(test_set.images)))
         right = (found == torch.from_numpy(test_set.labels)).float().mean()
         count = sum(parameter.numel() for parameter in classifier.parameters())

@@ -27,7 +27,7 @@ def seeded():
 
 @pytest.fixture
 def redraw():
-    """Redraw every weight, bias and norm parameter at random: zeroed branches would hide whatever is wrong in them."""
+    """Redraw every weight, bias and norm parameter at random: zero-initialised branches hide bugs."""
 
     def redraw(module):
         with torch.no_grad():

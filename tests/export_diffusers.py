@@ -1,10 +1,10 @@
-"""Write the network that lesson 3 or 4 has trained as a diffusers UNet2DModel, run by hand.
+"""Write a network trained by lesson 3 or 4 as a diffusers UNet2DModel. Run by hand.
 
     python tests/export_diffusers.py CHECKPOINT DIR
 
 CHECKPOINT is a checkpoint.pt under runs/. DIR gets the network, for UNet2DModel.from_pretrained(DIR), and the noise
-levels, for EDMDPMSolverMultistepScheduler.from_pretrained(DIR). docs/diffusers.md has the lines that sample
-with the two: what the `Denoiser` does around the network is not in the export.
+levels, for EDMDPMSolverMultistepScheduler.from_pretrained(DIR). docs/diffusers.md has the lines that sample with the
+two; they also do what our `Denoiser` does around the network, which is not exported.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import lesson_tools as tools
 
 lesson3 = importlib.import_module("03_unet_uncond")
 
-# Our names of layers, and diffusers'
+# Our names for the layers, and diffusers'
 AROUND = {
     "conv_in": "conv_in",
     "embed_time.linear1": "time_embedding.linear_1",
@@ -44,7 +44,7 @@ IN_BLOCK = {
 
 
 def rename(layer):
-    """Diffusers' name of our layer. Raises KeyError for a layer that it doesn't have."""
+    """Diffusers' name for one of our layers. Raises KeyError if diffusers has no such layer."""
     match layer.split(".", 3):
         case ["down" | "up" as path, level, block, rest]:
             return f"{path}_blocks.{level}." + IN_BLOCK[rest].format(block)
@@ -97,7 +97,7 @@ def make_unet(settings):
 
 
 def export(path, folder):
-    """Write what the checkpoint at `path` samples with, the averaged weights, to `folder`, which is created if need be.
+    """Write the averaged weights of the checkpoint at `path` to `folder`, which is created if necessary.
 
     Raises UserError if the checkpoint can't be exported, or the folder can't be written to.
     """
@@ -112,7 +112,7 @@ def export(path, folder):
         unet = make_unet(settings)
         unet.load_state_dict(convert(state))
     except (KeyError, RuntimeError, ValueError) as error:
-        raise tools.UserError(f"{path}: not a network of these lessons, or of another version of them") from error
+        raise tools.UserError(f"{path}: not a network of these lessons, or from another version of them") from error
     sigmas = {"sigma_min": lesson3.SIGMA_MIN, "sigma_max": lesson3.SIGMA_MAX, "sigma_data": settings.sigma_data}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def export(path, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="of a run of 03 or 04")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint.pt of a run of 03 or 04")
     parser.add_argument("dir", metavar="DIR", type=Path, help="folder to write to")
     options = parser.parse_args()
     export(options.checkpoint, options.dir)

@@ -1,14 +1,14 @@
-"""Where attention must matter: two bars far apart, which have to match. Run by hand.
+"""A task that needs attention: two bars, far apart, have to match. Run by hand.
 
     python tests/measure_attention.py [--steps N] [--seeds S] [--n N] [--out DIR]
 
-An image is grey, with a bar along its left edge and one along its right; both are white or both are black. Lesson 4's
-U-Net has a single level here, so that it never goes down: twelve 3×3 convolutions carry what a pixel holds twelve
-pixels far, and there are sixteen between the bars. A group norm would be another way across, as all pixels meet in its
-mean; so here a norm keeps to each pixel. The network is trained with and without attention in its middle, on the same
-images in the same order, and of its samples those are counted whose bars match.
+An image is grey, with a bar along its left edge and one along its right; both are white, or both are black. Lesson 4's
+U-Net has a single level here and never goes down, so its twelve 3×3 convolutions carry information only twelve pixels
+far, and the bars are sixteen apart. A group norm would be another way across, as its mean takes in all pixels; so here
+each pixel is normalised by itself. We train the network with and without attention in its middle, on the same images in
+the same order, and count the samples whose bars match.
 
-What attention is worth on Fashion-MNIST is a row of `measure_recipe.py`.
+What attention is worth on Fashion-MNIST is measured by `measure_recipe.py`, in the row "no attention".
 """
 
 import copy
@@ -31,7 +31,7 @@ BARS = slice(0, BAR), slice(SIDE - BAR, SIDE)  # columns
 
 
 def draw_pairs(n, generator):
-    """n images, uint8 `(n, 1, 28, 28)`, and in each two bars of the same colour."""
+    """n images, uint8 `(n, 1, 28, 28)`, each with two bars of the same colour."""
     images = torch.full((n, 1, SIDE, SIDE), 128, dtype=torch.uint8)
     colour = (255 * torch.randint(2, (n, 1, 1, 1), generator=generator)).byte()
     for bar in BARS:
@@ -40,13 +40,13 @@ def draw_pairs(n, generator):
 
 
 def bars_match(images):
-    """Whether both bars of each image `(n, 1, 28, 28)` in [-1, 1] are rather white, or both rather black: `(n,)`."""
+    """Whether the bars of each image `(n, 1, 28, 28)` in [-1, 1] are both closer to white or both to black, `(n,)`."""
     left, right = (images[..., bar].mean(dim=(1, 2, 3)) > 0 for bar in BARS)
     return left == right
 
 
 class PixelNorm(nn.GroupNorm):
-    """Mean and variance are taken over the channels of each pixel by itself (as a transformer does)."""
+    """Takes mean and variance over the channels of each pixel separately (as a transformer does)."""
 
     def forward(self, x):
         pixels = x.movedim(1, 3)  # n h w c
@@ -64,7 +64,7 @@ def make_network(attention):
 
 
 def train_and_sample(attention, seed, steps, n):
-    """n samples, `(n, 1, 28, 28)`, of a network that was trained on pairs."""
+    """n samples, `(n, 1, 28, 28)`, from a network trained on pairs of bars."""
     torch.manual_seed(seed)
     images = draw_pairs(10_000, torch.Generator().manual_seed(seed))
     denoiser = lesson3.Denoiser(make_network(attention), float((images / 127.5 - 1).std()))
@@ -82,13 +82,13 @@ def train_and_sample(attention, seed, steps, n):
 
 def main():
     parser, count = tools.make_parser(__file__, __doc__), tools.number(int, 1, 10**6)
-    parser.add_argument("--steps", type=count, default=1000, help="of training (%(default)s)")
-    parser.add_argument("--seeds", type=count, default=3, help="(%(default)s)")
-    parser.add_argument("--n", type=count, default=400, help="samples (%(default)s)")
+    parser.add_argument("--steps", type=count, default=1000, help="training steps (default: %(default)s)")
+    parser.add_argument("--seeds", type=count, default=3, help="number of seeds (default: %(default)s)")
+    parser.add_argument("--n", type=count, default=400, help="samples per network (default: %(default)s)")
     options = parser.parse_args()
     lesson3.P_MEAN = 2.7  # the colour of so large a bar is decided at a sigma of about 15
     shown = {"images": draw_pairs(10, torch.Generator().manual_seed(0)) / 127.5 - 1}
-    print(f"{options.steps:,} steps of {BATCH_SIZE} images; of {options.n} samples, those whose bars match")
+    print(f"{options.steps:,} steps of {BATCH_SIZE} images; how many of {options.n} samples have matching bars")
     for seed in range(options.seeds):
         for attention in (False, True):
             began, name = time.perf_counter(), f"{'with' if attention else 'without'} attention, seed {seed}"

@@ -3,10 +3,10 @@
     python tests/measure_quality.py CHECKPOINT [--n N] [--steps S] [--guidance W]
     python tests/measure_quality.py CHECKPOINT --sweep      the distance against steps, and against guidance
 
-The first prints, for the samples, for as many training images (nobody can expect a lower distance) and for white noise:
-the Fréchet distance to the test images (as in FID, but in the features of two small classifiers trained on
-Fashion-MNIST); class accuracy, the share that a classifier takes for the class asked for; and how near samples come to
-training images, which tells whether the network copies.
+The first prints three measures, for the samples, for as many training images (nobody can expect to do better) and for
+white noise: the Fréchet distance to the test images (as in FID, but in the features of two small classifiers trained on
+Fashion-MNIST); the class accuracy, the share that a classifier assigns to the class asked for; and the distance to the
+nearest training image, which shows whether the network copies.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def load_denoiser(path, device):
 def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None, seed=0):
     """n images, float32 (n, 1, height, width) in [-1, 1], and the labels (n,) asked for: the classes in turn.
 
-    guidance: None for a network without labels; then the second result is None as well. seed: of the noise.
+    guidance: None for a network without labels; the labels returned are then None too. seed: of the noise.
     """
     n_classes = 1 if guidance is None else len(settings.classes)
     noise_ids = [(seed, i % n_classes, i // n_classes) for i in range(n)]
@@ -65,7 +65,7 @@ def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None, seed
 
 
 class Baselines:
-    """What samples are compared with: as many training images, equally many of each class, and white noise."""
+    """What samples are compared with: as many training images, the same number of each class, and white noise."""
 
     def __init__(self, train, n):
         order = np.random.default_rng(0).permutation(len(train.labels))
@@ -78,14 +78,14 @@ class Baselines:
 
 # %% What the classifiers say
 class Quality(NamedTuple):
-    """What a classifier says of a set of images."""
+    """What a classifier says about a set of images."""
 
     distance: float  # the Fréchet distance to the test images
-    accuracy: float | None  # the share that it takes for the class asked for, if one was
+    accuracy: float | None  # the share assigned to the class asked for, if there was one
 
 
 def print_table(head, rows):
-    """What both classifiers say, line by line as it is measured; rows: (beginning, {classifier: Quality}) of each."""
+    """Print both classifiers' figures, each line once measured. rows: (beginning, {classifier: Quality}) pairs."""
     print(f"\n{head}" + "".join(f"{f'{name}: Fréchet':>20}{'accuracy':>10}" for name in ARCHITECTURES))
     for beginning, qualities in rows:
         print(f"{beginning:{len(head)}}", end="")
@@ -95,8 +95,8 @@ def print_table(head, rows):
 
 
 def frechet_distance(a, b):
-    """The squared Fréchet distance of the Gaussians with the means and covariances A and B of features (n, d) and
-    (m, d): |mean_a - mean_b|² + trace(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017)."""
+    """The squared Fréchet distance between two Gaussians, with the means and the covariances A and B of the features a
+    (n, d) and b (m, d): |mean_a - mean_b|² + trace(A + B - 2 (A B)^(1/2)) (Heusel et al. 2017)."""
     centred = [(x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b)]
     p, q = (np.linalg.qr(x, mode="r") for x in centred)  # A = pᵀ p and B = qᵀ q
     root_trace = np.linalg.norm(p @ q.T, "nuc")  # the eigenvalues of A B are the squared singular values of p qᵀ
@@ -111,7 +111,7 @@ class Panel:
         self.expected = {name: classifiers.look(each, images)[0] for name, each in self.classifiers.items()}
 
     def measure(self, images, asked=None):
-        """`{classifier: Quality}` of float32 images (n, 1, 28, 28) in [-1, 1], and labels (n,) asked for."""
+        """`{classifier: Quality}` of float32 images (n, 1, 28, 28) in [-1, 1]. asked: the labels (n,), if any."""
         qualities = {}
         for name, classifier in self.classifiers.items():
             features, taken_for = classifiers.look(classifier, images)
@@ -123,8 +123,8 @@ class Panel:
 
 # %% Does it copy?
 def find_nearest(images, others, but=None, batch_size=250):
-    """For each image (n, 1, h, w) the nearest of the others (m, 1, h, w): its number (n,), and its distance (n,), the
-    root of the mean squared difference of a pixel. but: the number (n,) of an image that doesn't count, for each."""
+    """For each image (n, 1, h, w), the nearest of the others (m, 1, h, w): its index (n,) and its distance (n,), the
+    root mean square difference of the pixels. but: for each image, the index (n,) of one that doesn't count."""
     a, b = images.flatten(1), others.flatten(1)
     half_squares = b.square().sum(dim=1) / 2
     found = []
@@ -138,11 +138,11 @@ def find_nearest(images, others, but=None, batch_size=250):
 
 
 def measure_copies(images, baselines, train, test, device):
-    """Print how near samples come to training images, beside how near test images do."""
+    """Print how close samples come to training images, and how close test images do, for comparison."""
     training_images, test_images = (to_range(torch.from_numpy(part.images)) for part in (train, test))
     sets = {"samples": images, "test images": test_images}
     sets |= {"training images": baselines.images, "white noise": baselines.noise}
-    print("\ndistance to the nearest training image (of a training image: to the nearest other one; of a copy: 0)")
+    print("\ndistance to the nearest training image (for a training image, to the nearest other one; for a copy, 0)")
     print(f"{'':26}{'median':>10}{'10 %':>10}{'1 %':>10}{'smallest':>10}")
     for name, x in sets.items():
         but = baselines.numbers if name == "training images" else None
@@ -152,8 +152,8 @@ def measure_copies(images, baselines, train, test, device):
 
 # %% The measurement of a checkpoint
 def measure(options, denoiser, settings, train, test, panel):
-    """All figures of one checkpoint, with the steps and guidance of the command line, from other noise than a sweep's:
-    that chooses the guidance."""
+    """All figures of one checkpoint, with the steps and guidance of the command line. The noise is not a sweep's, since
+    sweeps serve to choose the guidance."""
     images, labels = draw_samples(denoiser, settings, options.n, options.steps, options.guidance, seed=1)
     baselines = Baselines(train, options.n)
     rows = {"samples": (images, labels), "training images": (baselines.images, baselines.labels)}
@@ -163,7 +163,7 @@ def measure(options, denoiser, settings, train, test, panel):
 
 
 def sweep(options, denoiser, settings, train, panel):
-    """Distances against steps, and against guidance if there is a label; the other is the command line's."""
+    """The distance against steps, and against guidance if there is a label; the command line fixes the other one."""
     pairs = [(steps, options.guidance) for steps in sorted({*SWEPT_STEPS, options.steps})]
     if options.guidance is not None:
         pairs += [(options.steps, guidance) for guidance in sorted({*SWEPT_GUIDANCE, options.guidance})]
@@ -182,12 +182,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add, number = parser.add_argument, tools.number
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint.pt of a run of 03 or 04")
-    add("--sweep", action="store_true", help="the distance against steps, and against guidance")
-    add("--n", metavar="N", type=number(int, 20, 60_000), help="samples (10,000; in a sweep 2,000)")
-    add("--steps", metavar="S", type=number(int, 1, 10**6), default=lesson3.STEPS, help="(%(default)s)")
-    add("--guidance", metavar="W", type=number(float, 0, 100), help="if there is a label (as in 04)")
-    add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
+    add("--sweep", action="store_true", help="measure the distance against steps, and against guidance")
+    add("--n", metavar="N", type=number(int, 20, 60_000), help="samples (default: 10,000; in a sweep 2,000)")
+    add("--steps", metavar="S", type=number(int, 1, 10**6), default=lesson3.STEPS, help="steps (default: %(default)s)")
+    add("--guidance", metavar="W", type=number(float, 0, 100), help="guidance strength (default: as in 04)")
+    add("--data-dir", metavar="DIR", help="folder with Fashion-MNIST's four files (default: $FASHION_MNIST_DIR)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
     options = parser.parse_args()
     options.n = options.n or (2_000 if options.sweep else 10_000)
     device = tools.choose_device(options.device)

@@ -1,17 +1,17 @@
-"""What each choice of the recipe is worth, all measured in one form. Run by hand.
+"""What each choice of the recipe is worth, all measured the same way. Run by hand.
 
     python tests/measure_recipe.py ROW [--seed S] [--images N | --minutes M] [--sweep]
-    python tests/measure_recipe.py          the rows in `results.jsonl`, as tables in Markdown
+    python tests/measure_recipe.py          the rows in `results.jsonl`, as Markdown tables
 
-Each row is today's recipe with one thing changed. It trains on as many images as the others, or for as many minutes,
-and makes as many samples from the same noise, with guidance and without it, which the classifiers measure. A finished
-row is a line of `results.jsonl`; one that is there already (of this kind of machine) is not done again.
+Each row is today's recipe with one thing changed. All rows train on equally many images, or for equally many minutes,
+and draw equally many samples from the same noise, with guidance and without; the classifiers measure these. A finished
+row is a line of `results.jsonl`; one that is already there, from the same kind of machine, is not measured again.
 
-The rows of the road lead from the lecture's conditional model (notebook 28) to today's recipe, each with all the
-changes before it. The first is made of this project's classes: 28 × 28 pixels padded to 32 × 32 in ±0.5, widths 32 to
-256, batch norm, scale and shift in front of it, time from 0 to 1, prediction of the noise on a cosine schedule, Adam
-with a learning rate that goes up to 0.01 and down in one cycle, batches of 512, 100 steps of DDIM. What differs: the
-middle has two blocks, the time embedding no batch norm, Adam's momentum stays as it is, and gradients are clipped.
+The rows named "road" lead from the lecture's conditional model (notebook 28) to today's recipe, each with all the
+changes before it. The first rebuilds the lecture's model from our classes: 28 × 28 pixels padded to 32 × 32 in ±0.5,
+widths 32 to 256, batch norm after scale and shift, time from 0 to 1, noise prediction on a cosine schedule, Adam with a
+learning rate that goes up to 0.01 and down again in one cycle, batches of 512, 100 steps of DDIM. It differs in this:
+the middle has two blocks, the time embedding no batch norm, Adam's momentum is constant, and gradients are clipped.
 """
 
 import argparse
@@ -43,12 +43,12 @@ lesson3 = importlib.import_module("03_unet_uncond")
 lesson4 = importlib.import_module("04_unet_cond")
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-SWEEP = (0.8, 1.0, 1.2, 1.6)  # guidance, where distance and accuracy are compared closely
+SWEEP = (0.8, 1.0, 1.2, 1.6)  # guidance values for a close comparison of distance and accuracy
 
 
 # %% Rows
 class Recipe(NamedTuple):
-    """Today's recipe. A row changes some of it."""
+    """Today's recipe. A row changes part of it."""
 
     preset: str = "small"
     batch_size: int = 32
@@ -57,11 +57,11 @@ class Recipe(NamedTuple):
     fast: bool = True  # bfloat16 if the device is fast with it, channels last
     noise_prediction: bool = False  # on the lecture's cosine schedule, without EDM's preconditioning and weights
     levels: tuple[float, float] = (lesson3.P_MEAN, lesson3.P_STD)  # mean and deviation of ln(sigma) in training
-    averaged: bool = True  # it is the average of the weights that samples
+    averaged: bool = True  # sample from the averaged weights, not the last
     drop_labels: bool = True  # one in ten in training
     ddim: bool = False  # the lecture's 100 steps
-    attention_levels: tuple[int, ...] | None = None  # other ones than the preset's, with heads of 16 channels
-    changes: tuple[Callable, ...] = ()  # of the network, from `variants`
+    attention_levels: tuple[int, ...] | None = None  # instead of the preset's, with heads of 16 channels
+    changes: tuple[Callable, ...] = ()  # to the network, from `variants`
 
 
 LECTURE = {"preset": "lecture", "batch_size": 512, "optimizer": "one cycle", "max_lr": 0.01, "fast": False}
@@ -127,8 +127,8 @@ RECIPES |= {name: Recipe()._replace(**changes) for name, changes in zip(ROAD, bu
 
 # %% What they are made of
 class NoiseDenoiser(lesson3.Denoiser):
-    """It predicts the noise: x0_hat = x - sigma · noise_hat. Images in [-1, 1] are halved on the way in; the share of
-    the noise is then sin(π t / 2), of the image cos(π t / 2), with t from 0 to 1."""
+    """Predicts the noise: x0_hat = x - sigma · noise_hat. Images in [-1, 1] are halved on the way in: the network gets
+    cos(π t / 2) · x0 / 2 + sin(π t / 2) · noise, with t from 0 to 1."""
 
     def scales(self, sigma):
         return torch.ones_like(sigma), -sigma, (4 + sigma**2).rsqrt()
@@ -138,12 +138,12 @@ class NoiseDenoiser(lesson3.Denoiser):
 
 
 def sigma_of(t):
-    """The inverse of its `c_noise`."""
+    """The noise level at time t, the inverse of `NoiseDenoiser.c_noise`."""
     return 2 * torch.tan(math.pi / 2 * t)
 
 
 def make_denoiser(recipe, settings, device):
-    """A new denoiser of that recipe, with weights that the seed in the `RunSettings` decides."""
+    """A new denoiser for this recipe; the seed in the `RunSettings` determines its weights."""
     torch.manual_seed(settings.seed)
     preset = lesson3.PRESETS[recipe.preset]
     if recipe.attention_levels is not None:
@@ -159,14 +159,14 @@ def make_denoiser(recipe, settings, device):
 
 # %% Training and sampling
 def one_cycle(share):
-    """The learning rate after a share of the training: from a 25th up for 30 % of it, then down to nothing; along
-    cosines (Smith and Topin 2017, in PyTorch's form)."""
+    """The learning rate after a share of the training, relative to its maximum: up from 1/25 for the first 30 %, then
+    down to zero, both along cosines (Smith and Topin 2017, in PyTorch's form)."""
     low, at = (1 / 25, share / 0.3) if share < 0.3 else (0, (1 - share) / 0.7)
     return low + (1 - low) * (1 - math.cos(math.pi * at)) / 2
 
 
 def draw_batches(recipe, settings, dataset):
-    """Batches without end, as lesson 3's, or with t drawn evenly from 0 to 1."""
+    """Endless batches: lesson 3's, or with t drawn uniformly from 0 to 1."""
     batches = lesson3.draw_batches(*dataset, recipe.batch_size, settings.seed, range(10**9))
     if recipe.drop_labels:
         batches = lesson4.drop_labels(batches, len(settings.classes))
@@ -177,7 +177,7 @@ def draw_batches(recipe, settings, dataset):
 
 
 def train(recipe, settings, dataset, share_done):
-    """The denoiser that samples, and how many images it was trained on. share_done(images seen): from 0 to 1."""
+    """The denoiser to sample with, and how many images it saw. share_done(images seen): from 0 to 1, the share done."""
     denoiser = make_denoiser(recipe, settings, dataset[0].device)
     ema, seen, schedule = copy.deepcopy(denoiser).requires_grad_(False), 0, lesson3.schedule
     if recipe.optimizer == "one cycle":
@@ -190,7 +190,7 @@ def train(recipe, settings, dataset, share_done):
         share = min(share_done(seen), 1.0)
         return one_cycle(share) if recipe.optimizer == "one cycle" else schedule(int(share * 10**6), 10**6)
 
-    lesson3.schedule = by_share  # this process trains but once
+    lesson3.schedule = by_share  # never undone: a process trains only once
     lesson3.P_MEAN, lesson3.P_STD = recipe.levels
     for _ in lesson3.train(denoiser, ema, optimizers, draw_batches(recipe, settings, dataset), 10**9):
         seen += recipe.batch_size
@@ -203,13 +203,13 @@ def train(recipe, settings, dataset, share_done):
 
 @torch.no_grad()
 def measure_batch_norm(denoiser, batches, n=100):
-    """Averaged weights need means and variances of their own: those of n batches of the training."""
+    """Averaged weights need batch-norm statistics of their own: those of n training batches."""
     norms = [module for module in denoiser.modules() if isinstance(module, nn.BatchNorm2d)]
     if not norms:
         return
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean of all batches
+        norm.momentum = None  # a plain mean over all batches
     denoiser.train()
     for (_, x0, sigma, noise, label), _ in zip(batches, range(n), strict=False):
         denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
@@ -231,7 +231,7 @@ def sample(recipe, settings, denoiser, n, guidance, below=lesson4.GUIDED_BELOW):
 
 @torch.no_grad()
 def measure_loss(denoiser, sigma_data, images, labels):
-    """Lesson 3's loss of any denoiser, on uint8 images `(n, 1, h, w)`: with its noise levels and its weights."""
+    """Lesson 3's loss, with its noise levels and weights, for any denoiser, on uint8 images `(n, 1, h, w)`."""
     generator = torch.Generator().manual_seed(0)
     mean, deviation = Recipe().levels
     sigma = (mean + deviation * torch.randn(len(images), generator=generator)).exp()
@@ -246,17 +246,25 @@ def measure_loss(denoiser, sigma_data, images, labels):
 
 # %% A row
 def describe_machine(device, recipe):
-    """What figures depend on: device, precision, threads, and the project's state."""
-    root = Path(__file__).parent
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    commit = subprocess.run(command, capture_output=True, text=True, cwd=root).stdout.strip()
+    """What the figures depend on: device, precision, threads, and the project's commit."""
     precision = "bfloat16" if recipe.fast and tools.choose_precision(device) else "float32"
-    threads = torch.get_num_threads()
-    return {"processor": describe_processor(device), "precision": precision, "threads": threads, "commit": commit}
+    known = {"processor": describe_processor(device), "precision": precision}
+    return known | {"threads": torch.get_num_threads(), "commit": describe_commit(RESULTS)}
+
+
+def describe_commit(results):
+    """The commit's short name, with "-dirty" if any file but the results has changed since."""
+
+    def git(*arguments):
+        command = ["git", "-C", results.parent, *arguments]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", ":/", f":!{results.name}")
+    return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
 
 
 def describe_processor(device):
-    """Its name, and the widest instructions that it has."""
+    """The processor's name and, on a CPU, its widest instructions."""
     processor = platform.processor() or platform.machine()
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
@@ -269,7 +277,7 @@ def describe_processor(device):
 
 
 def measure_row(options):
-    """Train, sample, measure; returns figures for a line of `results.jsonl`, a dictionary."""
+    """Train, sample and measure. Returns the figures for a line of `results.jsonl`, as a dictionary."""
     recipe, device = RECIPES[options.row], tools.choose_device(options.device)
     train_set, test_set = (tools.load_data("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
     preset = lesson3.PRESETS[recipe.preset]
@@ -286,7 +294,7 @@ def measure_row(options):
     denoiser, seen = train(recipe, settings, dataset, share_done)
     line = {"seen": seen, "images/s": round(seen / (time.monotonic() - began), 1)}
     line["parameters"] = sum(parameter.numel() for parameter in denoiser.parameters())
-    line["megabytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # of the process, at most
+    line["megabytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # the process's peak
     labels = torch.from_numpy(test_set.labels)
     line["loss"] = round(measure_loss(denoiser, sigma_data, unseen[:2000], labels[:2000]), 4)
     panel, wanted = Panel(test_set, device), torch.arange(options.n) % len(train_set.classes)
@@ -307,13 +315,13 @@ def read_results():
 
 
 def kind(line):
-    """Only lines of one kind compare."""
+    """Only lines of the same kind can be compared."""
     return tuple(line[key] for key in ("images", "minutes", "n", "processor", "precision", "threads"))
 
 
 def print_table(lines):
-    """Lines of one kind as a table in Markdown. Distances are by `residual`, and as a multiple of those of today's
-    recipe with the same seeds; in brackets are the smallest and the largest."""
+    """Print lines of one kind as a Markdown table. Distances are in the features of `residual`, also relative to
+    today's recipe with the same seeds. Brackets hold the smallest and the largest value."""
     ways = "guided", "unguided"
     said = " | ".join(f"{way}: distance | × today's | accuracy" for way in ways)
     print(f"| | seeds | loss | {said} | images/s | parameters |")
@@ -345,15 +353,15 @@ def spread(values, form):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add, number = parser.add_argument, tools.number
-    add("row", nargs="?", metavar="ROW", help="measure it; without one, print the tables: " + "; ".join(RECIPES))
-    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="(%(default)s)")
+    add("row", nargs="?", metavar="ROW", help="row to measure; without one, print the tables: " + "; ".join(RECIPES))
+    add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="(default: %(default)s)")
     budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--images", metavar="N", type=number(int, 1, 10**9), default=60_000, help="(%(default)s)")
-    budget.add_argument("--minutes", metavar="M", type=number(float, 1e-3, 1e5), help="instead of images")
-    add("--n", metavar="N", type=number(int, 20, 60_000), default=4000, help="samples (%(default)s)")
-    add("--sweep", action="store_true", help="also with guidance " + ", ".join(f"{w:g}" for w in SWEEP))
-    add("--data-dir", metavar="DIR", help="folder with the four Fashion-MNIST files, also $FASHION_MNIST_DIR")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s: the fastest there is)")
+    budget.add_argument("--images", metavar="N", type=number(int, 1, 10**9), default=60_000, help="(default: 60,000)")
+    budget.add_argument("--minutes", metavar="M", type=number(float, 1e-3, 1e5), help="train this long instead")
+    add("--n", metavar="N", type=number(int, 20, 60_000), default=4000, help="samples (default: %(default)s)")
+    add("--sweep", action="store_true", help="also sample with guidance " + ", ".join(f"{w:g}" for w in SWEEP))
+    add("--data-dir", metavar="DIR", help="folder with Fashion-MNIST's four files (default: $FASHION_MNIST_DIR)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
     return parser
 
 
@@ -372,7 +380,7 @@ def main():
     asked = {"row": options.row, "seed": options.seed, "images": options.images, "minutes": options.minutes}
     asked |= {"n": options.n} | machine
     if any((line["row"], line["seed"], kind(line)) == (options.row, options.seed, kind(asked)) for line in results):
-        print(f"{options.row}, seed {options.seed}: in {RESULTS.name} already")
+        print(f"{options.row}, seed {options.seed}: already in {RESULTS.name}")
         return
     line = asked | measure_row(options)
     with RESULTS.open("a") as file:

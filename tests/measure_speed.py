@@ -1,10 +1,10 @@
 """How fast are training and sampling, and how does the cost grow? Run by hand.
 
-    python tests/measure_speed.py [--device D]            images/s, beside diffusers and attention by hand
+    python tests/measure_speed.py [--device D]            images/s, against diffusers and attention by hand
     python tests/measure_speed.py --growth [--device D]   the cost of larger images, wider networks, more attention
 
 Three networks of the same structure, driven by lesson 3's `train` and `sample`: ours, ours with lesson 2's `attention`
-(the lecture's way), and diffusers' UNet2DModel with its defaults. The images are noise, which takes as long as any.
+(the lecture's way), and diffusers' UNet2DModel with its defaults. The images are noise: they take as long as any.
 Each table takes a few minutes on two CPU cores.
 """
 
@@ -49,7 +49,7 @@ class Diffusers(nn.Module):
 
 
 class Competitor(NamedTuple):
-    """A network of lesson 4 and how it computes."""
+    """One of lesson 4's networks, and how it computes."""
 
     kind: str  # "ours", "by hand" or "diffusers"
     preset: str
@@ -81,7 +81,7 @@ class Competitor(NamedTuple):
 
 
 def start_training(competitor, device, batch_size, use=lesson3.use_adamw):
-    """A function that trains for a step, which is lesson 3's: noise, loss, backward, clipping, optimiser, average."""
+    """A function that takes one of lesson 3's training steps: noise, loss, backward, clipping, optimiser, average."""
     denoiser = competitor.make_denoiser(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     batches = lesson3.draw_batches(*competitor.make_images(256, device), batch_size, 0, range(10**6))
@@ -90,7 +90,7 @@ def start_training(competitor, device, batch_size, use=lesson3.use_adamw):
 
 
 def start_sampling(competitor, device, batch_size, steps, guidance, method="dpm++"):
-    """A function that samples a batch in so many steps, as lesson 4 does."""
+    """A function that samples a batch in that many steps, as lesson 4 does."""
     denoiser = competitor.make_denoiser(device).eval().requires_grad_(False)
     images, label = competitor.make_images(batch_size, device)
     noise = torch.randn(images.shape, device=device)
@@ -109,12 +109,12 @@ class Task(NamedTuple):
 
     name: str
     start: Callable  # start(device, batch_size): a function that works on a batch
-    work: float = 1.0  # done by a call, for each image: of training a step, of sampling perhaps 2 / 14
+    work: float = 1.0  # per image and call: 1 training step, or a share of sampling, such as 2 / 14
 
 
 def interleave(runs, rounds=3, seconds=0.0, clock=time.perf_counter):
-    """The seconds that each function of a dictionary takes, a list by name. A round calls each once, so whatever else
-    the machine does slows all of them; there are at least so many rounds, and more until `seconds` have passed."""
+    """The seconds that each function of a dictionary takes, a list by name. A round calls each once, so other work on
+    the machine slows all of them. There are at least `rounds` rounds, and more until `seconds` have passed."""
     taken = {name: [] for name in runs}
     began, done = clock(), 0
     while done < rounds or clock() - began < seconds:
@@ -127,13 +127,13 @@ def interleave(runs, rounds=3, seconds=0.0, clock=time.perf_counter):
 
 
 def compare(rates, others):
-    """How many times as fast, round by round: the median, the smallest and the largest."""
+    """How many times as fast as the others, round by round: the median, the smallest and the largest."""
     ratios = [rate / other for rate, other in zip(rates, others, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def measure(tasks, device, batch_size, calls, rounds, seconds):
-    """The images/s of each task in each round, a list by name. calls: of a task in a round."""
+    """The images/s of each task in each round, a list by name. calls: how often a round calls each task."""
 
     def prepare(task):
         once = task.start(device, batch_size)
@@ -143,7 +143,7 @@ def measure(tasks, device, batch_size, calls, rounds, seconds):
                 once()
             getattr(torch, device.type).synchronize()
 
-        run()  # everything starts up
+        run()  # warm up
         return run
 
     taken = interleave({task.name: prepare(task) for task in tasks}, rounds, seconds)
@@ -151,7 +151,7 @@ def measure(tasks, device, batch_size, calls, rounds, seconds):
 
 
 def print_table(title, rates):
-    """Medians in images/s, and how many times as fast as the first."""
+    """Print the medians in images/s, and how many times as fast as the first each is."""
     print(f"\n{title}\n{'':44}images/s          times the first")
     first = next(iter(rates.values()))
     for name, each in rates.items():
@@ -160,7 +160,7 @@ def print_table(title, rates):
 
 
 def training_tasks(preset, precisions):
-    """Diffusers in float32 first; attention by hand in float32 alone, as in the lecture; Muon last."""
+    """Diffusers in float32 first; attention by hand only in float32, as in the lecture; Muon last."""
     ours = [Competitor("ours", preset, precision) for precision in precisions]
     everyone = [each._replace(kind="diffusers") for each in ours] + [Competitor("by hand", preset), *ours]
     tasks = [Task(each.name, functools.partial(start_training, each)) for each in everyone]
@@ -169,7 +169,7 @@ def training_tasks(preset, precisions):
 
 
 def sampling_tasks(precisions, measured=2):
-    """The lecture's way first. Only two steps are measured: one is guided, as half of lesson 4's are."""
+    """The lecture's way first. Only two steps are measured, one of them guided: lesson 4 guides half of its own."""
 
     def task(competitor, steps, **others):
         start = functools.partial(start_sampling, competitor, steps=measured, **others)
@@ -185,7 +185,7 @@ def sampling_tasks(precisions, measured=2):
 
 # %% How the cost grows
 def growth_nets():
-    """Names, presets and sizes of images."""
+    """Names, presets and image sizes."""
     small, lecture = PRESETS["small"], PRESETS["lecture"]
     yield from ((f"small, {size} × {size}", small, size) for size in (28, 64, 128))
     yield "small, widths 96/192", small._replace(widths=(96, 192)), 28
@@ -196,12 +196,12 @@ def growth_nets():
 def measure_cost(name, preset, size, device, precision, budget=2e10):
     """Parameters; multiply-adds and bytes kept for the backward pass, per image; images/s in training, in batches of
     about `budget` multiply-adds; that batch size."""
-    PRESETS[name] = preset  # lesson 3 makes its networks from there
+    PRESETS[name] = preset  # where lesson 3 looks presets up
     competitor, cpu = Competitor("ours", name, precision, size), torch.device("cpu")
     denoiser = competitor._replace(precision=None).make_denoiser(cpu)
     images, label = competitor.make_images(1, cpu)
     one, fused = (images.float(), torch.ones(1), label), torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    count = {fused: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}  # else the counter takes it for free
+    count = {fused: lambda *shapes, **_: sdpa_flop_count(*shapes[:3])}  # otherwise the counter counts it as free
     with FlopCounterMode(display=False, custom_mapping=count) as counter:
         denoiser(*one)
     operations = counter.get_total_flops() // 2
@@ -215,11 +215,11 @@ def measure_cost(name, preset, size, device, precision, budget=2e10):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--growth", action="store_true", help="how the cost grows, instead")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
+    parser.add_argument("--growth", action="store_true", help="measure how the cost grows instead")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     count = tools.number(int, 1, 10**6)
-    parser.add_argument("--batch-size", type=count, default=32, help="of training (%(default)s)")
-    parser.add_argument("--rounds", type=count, default=5, help="at least (%(default)s)")
+    parser.add_argument("--batch-size", type=count, default=32, help="images per training step (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="measuring rounds, at least (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = tools.choose_device(options.device)
     fast = tools.choose_precision(device)

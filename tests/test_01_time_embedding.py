@@ -25,12 +25,12 @@ timestep_embedding = lesson.timestep_embedding
 SCRIPT = Path(lesson.__file__)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
 PRECISIONS = [(device, torch.float32, 2e-7) for device in DEVICES]
-PRECISIONS += [(device, torch.float64, 1e-12) for device in DEVICES if device != "mps"]  # which has no float64
+PRECISIONS += [(device, torch.float64, 1e-12) for device in DEVICES if device != "mps"]  # mps has no float64
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool]
 
 
 def random_cases(n):
-    """Times of any size and sign (float64), dims odd and even, periods from 1 to a million."""
+    """Times of any size and sign (float64), odd and even dims, periods from 1 to a million."""
     rng = np.random.default_rng(0)
     for _ in range(n):
         times = rng.choice([-1, 1], 40) * 10 ** rng.uniform(-4, rng.uniform(-3, 6), 40)
@@ -109,7 +109,7 @@ def section_titles(script):
 
 
 def run_main(script, out, monkeypatch, capsys):
-    """What a script prints, and the names of its pictures, which are wide and not blank."""
+    """What a script prints, and the names of its pictures. Each must be wide and not blank."""
     before = plt.get_fignums()
     monkeypatch.setattr(sys, "argv", [script.__name__, "--out", str(out)])
     script.main()
@@ -124,7 +124,7 @@ def run_main(script, out, monkeypatch, capsys):
     return printed, [picture.name for picture in pictures]
 
 
-def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
+def test_script_draws_and_prints_what_is_true(tmp_path, monkeypatch, capsys):
     printed, pictures = run_main(lesson, tmp_path / "pictures" / "of lesson 1", monkeypatch, capsys)
     names = ["clock", "steps", "distances", "max_period", "shift", "scale_shift"]
     assert pictures == [f"0{i}_{name}.png" for i, name in enumerate(names, 1)]
@@ -164,7 +164,7 @@ def test_import_does_nothing(script, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_typing_errors_are_named_before_anything_is_drawn(script, arguments, told, tmp_path, monkeypatch, capsys):
-    if "locked" in arguments:  # to root, no folder is
+    if "locked" in arguments:  # root can write to any folder
         monkeypatch.setattr(tools.tempfile, "TemporaryFile", Mock(side_effect=PermissionError(13, "denied")))
     monkeypatch.chdir(tmp_path)
     Path("file").touch()

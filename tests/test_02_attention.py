@@ -24,7 +24,7 @@ PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
 
 
 def shapes(n):
-    """Channels, heads, groups, and an image `(n, c, h, w)`, at random; also single pixels, channels and heads."""
+    """Random channels, heads, groups, and image shape `(n, c, h, w)`; sometimes a single pixel, channel or head."""
     rng = np.random.default_rng(0)
     for _ in range(n):
         heads, groups = rng.integers(1, 5, 2).tolist()
@@ -38,7 +38,7 @@ def arrays(module):
 
 
 def assert_near(result, expected, tolerance):
-    """Relative to the largest expected value."""
+    """The tolerance is relative to the largest expected value."""
     result, expected = (torch.as_tensor(tensor).detach().double() for tensor in (result, expected))
     assert result.shape == expected.shape
     error = (result - expected).abs().max() / expected.abs().max().clamp(min=1e-3)
@@ -46,7 +46,7 @@ def assert_near(result, expected, tolerance):
 
 
 def gradients(output, *inputs):
-    """Of a sum of squares, in one row: some are zero but for rounding (that of the keys' bias, for one)."""
+    """Of a sum of squares, in one vector, as some are zero up to rounding (that of the keys' bias, for one)."""
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(output.square().sum(), inputs)])
 
 
@@ -101,7 +101,7 @@ def test_a_token_is_the_normalised_patch_around_its_pixel():
 
 
 def test_one_garment_of_each_class_also_of_other_data(monkeypatch):
-    """Of images that are not 28 × 28, few classes, and one that doesn't occur."""
+    """The other images are not 28 × 28, in few classes, one of them empty."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 14, 7), np.uint8)
     test = data.Dataset(lambda: pixels, np.array([2, 2, 0, 2, 0, 0]), ("none", "all", "some"), "symbols")
     monkeypatch.setattr(tools, "load_data", lambda split, download: test)
@@ -146,7 +146,7 @@ def test_one_head_with_three_projections_equals_numpy_with_one(redraw, dtype, to
         assert_near(layer(x), expected, tolerance)
 
 
-# 8 to 12. Several heads, also as PyTorch has them
+# 8 to 12. Several heads, ours and PyTorch's
 def test_heads_are_folded_into_the_batch_and_back():
     for _, heads, _, (n, c, s, _) in shapes(20):
         x = torch.randn(n, s, heads * c)
@@ -201,9 +201,9 @@ def test_fused_attention_keeps_no_weights():
         by_hand, fused, convolution = kept[side] = [lesson.saved_bytes(layer, x) for layer in layers.values()]
         assert by_hand >= 4 * 4 * side**4  # all weights of one image
         assert fused < by_hand / 10
-        assert convolution == 4 * 16 * side**2  # its input, and neither its parameters nor the other images
-    assert kept[32][0] > 14 * kept[16][0]  # grows with the square of the pixels
-    assert kept[32][1] < 4.1 * kept[16][1]  # grows with the pixels
+        assert convolution == 4 * 16 * side**2  # its input, but neither its parameters nor the other images
+    assert kept[32][0] > 14 * kept[16][0]  # grows with the square of the number of pixels
+    assert kept[32][1] < 4.1 * kept[16][1]  # grows with the number of pixels
 
 
 # 14. Transformers
@@ -247,7 +247,7 @@ def test_cross_attention_equals_numpy_and_pytorch(redraw, dtype, tolerance):
         weights = [layer.weight for layer in layers.values()]
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         state = dict(zip(names, weights, strict=True))
-        if word_channels == channels:  # PyTorch has one matrix for all three then
+        if word_channels == channels:  # then PyTorch has one matrix for all three
             state = {"in_proj_weight": torch.cat(weights)}
         state["in_proj_bias"] = torch.cat([layer.bias for layer in layers.values()])
         state |= {"out_proj.weight": torch.eye(channels), "out_proj.bias": torch.zeros(channels)}
@@ -275,13 +275,13 @@ def test_attention_expresses_any_convolution(redraw, dtype, tolerance):
         conv = redraw(nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=i % 3 < 2).to(dtype))
         layer = lesson.attention_from_convolution(conv)
         x = torch.randn(n, channels_in, *(small[i] if i < 5 else size), dtype=dtype)
-        for scale in (1e-4, 1e4, 1):  # without bias these would be the same; with it, small inputs drown
+        for scale in (1e-4, 1e4, 1):  # without a bias, scale wouldn't matter; with one, it drowns small inputs
             expected = conv(scale * x)
             assert_near(layer(scale * x), expected, tolerance)
         if i < 7 and conv.bias is not None:
             numpys = reference.convolution_by_attention(x[0].double().numpy(), *arrays(conv).values())
             assert_near(expected[0], numpys, tolerance)
-    redraw(conv)  # the kernel has been copied
+    redraw(conv)  # the layer has a copy of the kernel
     assert_near(layer(x), expected, tolerance)
 
 
@@ -309,7 +309,7 @@ def test_what_does_not_fit_is_refused(make, told):
 
 
 # The script
-def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
+def test_script_draws_and_prints_what_is_true(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lesson, "SIDES", (4, 8))
     printed, pictures = run_main(lesson, tmp_path, monkeypatch, capsys)
     expected = ["01_reach", "02_tokens", "04_one_pixel", "05_shuffled_pixels", "06_division", "09_rearrange", "11_ears"]
@@ -329,7 +329,7 @@ def test_script_draws_and_prints_what_is_so(tmp_path, monkeypatch, capsys):
     assert undivided == sorted(undivided) and undivided[-1] > 0.8 and max(divided) < 0.06
     one_head, two_heads = numbers(11, r"error (\S+)")
     assert one_head > 0.4 and two_heads < 0.01
-    shares = np.array([numbers(11, r"gives (\d+)%")[1:], numbers(11, r"(\d+)% to the right")[1:]])  # ears heads, of two
+    shares = np.array([numbers(11, r"gives (\d+)%")[1:], numbers(11, r"(\d+)% to the right")[1:]])  # ears × heads
     assert abs(np.linalg.det(shares / 100)) > 0.9  # each ear has a head of its own
     right, wrong = numbers(12, r"off by (\S+);")
     none, some = numbers(12, r"changes image 0 by (\S+)")

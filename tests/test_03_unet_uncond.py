@@ -1,4 +1,4 @@
-"""Lesson 3: the U-Net and its parts, the denoiser, the samplers against closed forms, training, its settings."""
+"""Lesson 3: the U-Net and its parts, the denoiser, the samplers against closed forms, training, and its settings."""
 
 import copy
 import math
@@ -41,7 +41,7 @@ def test_any_size_that_can_be_halved_and_an_output_that_starts_at_zero(lesson3, 
 
 @pytest.mark.parametrize("out_channels", [8, 12])
 def test_a_block_equals_that_of_diffusers(lesson3, redraw, compare, out_channels):
-    """Also: scale and shift act after the second norm, and each norm sees one image and one group."""
+    """So scale and shift act after the second norm, and each norm sees one group of one image."""
     block = redraw(lesson3.TimeResBlock(8, out_channels, 4, 6).double())
     options = {"temb_channels": 6, "groups": 4, "eps": 1e-5, "time_embedding_norm": "scale_shift"}
     twin = ResnetBlock2D(in_channels=8, out_channels=out_channels, **options).double()
@@ -93,13 +93,13 @@ def test_the_loss_of_a_new_network_is_one_at_every_sigma(lesson3):
     images = noisy(64, 1, 16, 16)
     assert lesson3.loss_by_level(denoiser, images) == pytest.approx([1] * len(lesson3.LEVELS), abs=0.05)
     losses = lesson3.loss_by_level(denoiser, images - 0.5, levels=(0.01, 80))
-    assert losses == pytest.approx([1, 1.25], abs=0.05)  # the mean counts where noise is high
+    assert losses == pytest.approx([1, 1.25], abs=0.05)  # at high noise the mean counts
 
 
 # Samplers
 @pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpm++", 2), ("heun", 2)])
 def test_the_order_of_each_sampler(lesson3, method, order):
-    """Gaussian data of deviation s: the ideal denoiser is linear, and x shrinks as sqrt(sigma² + s²) on its path."""
+    """On Gaussian data of deviation s, the ideal denoiser is linear, and x is proportional to sqrt(sigma² + s²)."""
     s, high, low, errors = 0.6, 20.0, 0.05, []
     noise = torch.randn(4, 1, 2, 2, dtype=torch.float64)
     exact = high * noise * math.sqrt((low**2 + s**2) / (high**2 + s**2))
@@ -111,16 +111,16 @@ def test_the_order_of_each_sampler(lesson3, method, order):
     assert [coarse / fine for coarse, fine in pairwise(errors)] == pytest.approx([2**order] * 3, rel=0.08)
 
 
-def test_a_number_for_sigma_is_a_sigma_for_all(lesson3, time_unet):
+def test_a_number_for_sigma_applies_to_all_images(lesson3, time_unet):
     denoiser, x = lesson3.Denoiser(time_unet.double(), 0.5), noisy(3, 2, 8, 8).double()
     expected = denoiser(x, torch.full((3,), 1.7).double())
     torch.testing.assert_close(denoiser(x, 1.7), expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(denoiser(x, 1.7, torch.tensor([0, 1, 2])), expected, rtol=1e-6, atol=1e-6)  # no labels
+    torch.testing.assert_close(denoiser(x, 1.7, torch.tensor([0, 1, 2])), expected, rtol=1e-6, atol=1e-6)  # no effect
 
 
-def test_evaluations_are_as_many_as_promised(lesson3):
+def test_samplers_evaluate_the_network_as_often_as_promised(lesson3):
     noise, sigmas = torch.zeros(1, 1, 2, 2), lesson3.noise_levels(9)
-    for method, expected in (("ddim", 9), ("dpm++", 9), ("heun", 17)):  # Heun's step to zero needs no second one
+    for method, expected in (("ddim", 9), ("dpm++", 9), ("heun", 17)):  # Heun's step to zero evaluates only once
         denoise = mock.Mock(return_value=noise)
         list(lesson3.sample(denoise, noise, sigmas, method))
         assert len(denoise.call_args_list) == expected
@@ -135,7 +135,7 @@ def draw(lesson3, seed, steps, n=7, batch_size=3):
 
 
 def test_every_image_comes_once_an_epoch(lesson3):
-    batches = draw(lesson3, 3, range(14))  # 42 numbers: the batches straddle the 6 epochs
+    batches = draw(lesson3, 3, range(14))  # 42 images, 6 epochs: some batches straddle two epochs
     assert [step for step, *_ in batches] == list(range(14))
     labels = torch.cat([label for *_, label in batches])
     torch.testing.assert_close(torch.cat([x0 for _, x0, *_ in batches]).flatten(), labels / 127.5 - 1)
@@ -155,7 +155,7 @@ def test_batches_are_a_function_of_seed_and_step(lesson3):
         assert not set(sigma.tolist()) & set(same[2].tolist())
         assert not set(noise.flatten().tolist()) & set(same[3].flatten().tolist())
     draw(lesson3, 3, range(5, 6))
-    torch.testing.assert_close(torch.rand(9), after)  # so is what a network draws after that, to drop labels
+    torch.testing.assert_close(torch.rand(9), after)  # and so is what is drawn next, to drop labels
     ((_, _, sigma, noise, _),) = draw(lesson3, 0, range(1), batch_size=20_000)
     for values, mean, std in ((sigma.log(), lesson3.P_MEAN, lesson3.P_STD), (noise, 0, 1)):
         assert (values.mean().item(), values.std().item()) == pytest.approx((mean, std), abs=0.05)
@@ -195,7 +195,7 @@ def test_a_step_follows_the_mean_of_the_losses(lesson3):
 
 
 def newton_schulz(x):
-    """One matrix, plainly: five times X <- a X + (b G + c G²) X with G = X Xᵀ, in float64."""
+    """The plain iteration for one matrix: five times X <- a X + (b G + c G²) X with G = X Xᵀ, in float64."""
     x = x.double() / (x.double().norm() + 1e-7)
     for _ in range(5):
         gram = x @ x.T
@@ -220,7 +220,7 @@ def test_orthogonalize_is_the_plain_iteration(lesson3):
 
 
 def test_muon_is_that_of_pytorch(lesson3):
-    """Whose iteration computes in bfloat16; so the way that the weights have gone is compared, to 2 %."""
+    """PyTorch iterates in bfloat16, so we compare how the weights have changed, to within 2 %."""
     shapes = [(12, 4, 3, 3), (6, 12, 3, 3), (36, 12, 1, 1), (40, 3, 1, 1), (9, 1, 1, 1), (1, 9, 1, 1)]
     layouts = torch.channels_last, torch.contiguous_format
     ours = [nn.Parameter(torch.randn(size).to(memory_format=kind)) for size in shapes for kind in layouts]

@@ -1,4 +1,4 @@
-"""Lesson 4: attention where it is asked for, labels, guidance."""
+"""Lesson 4: attention on the levels asked for, labels, guidance."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ def inputs():
     return torch.randn(4, 2, 8, 12), torch.randn(4) * 100, torch.tensor([0, 1, 2, 3])
 
 
-def test_attention_stands_on_its_levels_and_in_the_middle_and_starts_at_zero(lesson4):
+def test_attention_is_on_its_levels_and_in_the_middle_and_starts_at_zero(lesson4):
     network = lesson4.CondUNet(1, (8, 16, 32), 2, 4, attention_levels=(0, 1), head_dim=8, n_classes=10)
     kind = lesson4.lesson2.AttentionBlock
     layers = {name: module for name, module in network.named_modules() if isinstance(module, kind)}
@@ -49,7 +49,7 @@ def test_skips_are_taken_after_attention(lesson4, cond_unet, inputs):
 
 
 def test_the_compiled_network_is_the_same_network(lesson3, cond_unet):
-    """Traced once and as a whole (fullgraph), but not translated by a C++ compiler, which takes a minute."""
+    """Traced once and as a whole (fullgraph), but without a C++ compiler, which would take a minute."""
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(cond_unet, backend=graphs, fullgraph=True)
     batch = torch.randn(3, 2, 8, 8), torch.tensor([0.1, 1.0, 9.0]), torch.randn(3, 2, 8, 8), torch.tensor([0, 2, 3])
@@ -116,7 +116,7 @@ def test_a_class_is_found_by_name_or_number(lesson4):
     for text, number in (("Ankle boot", 9), ("ankle BOOT", 9), ("9", 9), ("0", 0), ("T-shirt/top", 0)):
         assert lesson4.find_classes(text, CLASSES) == [number]
     assert lesson4.find_classes("3", ("0", "1", "2", "3")) == [3]  # a number that is a name
-    with pytest.raises(tools.UserError, match="must be one of 3, 7"):  # so others aren't counted
+    with pytest.raises(tools.UserError, match="must be one of 3, 7"):  # so positions don't count
         lesson4.find_classes("1", ("3", "7"))
     assert lesson4.find_classes(None, ("a", "b", "c")) == [0, 1, 2]
     for text in ("10", "-1", "boot", "", "1.5", "²"):
@@ -184,7 +184,7 @@ def test_caught_weights_are_those_of_the_layer(lesson3, lesson4, cond_unet):
     ((x, expected),) = seen
     values = layer.attention.split(layer.norm(x).flatten(2).mT)[2]
     averages = layer.attention.proj((weights @ values).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(x + averages.mT.unflatten(2, (4, 6)), expected)  # what the network used, fused
+    torch.testing.assert_close(x + averages.mT.unflatten(2, (4, 6)), expected)  # as computed by the fused kernel
     assert not layer._forward_pre_hooks
 
 

@@ -1,5 +1,5 @@
-"""Every section of the four scripts runs cell by cell in IPython, its picture under its cell, and says what is so. The
-file is also what the subprocesses run: what takes long is cut short, nothing else is changed."""
+"""Every section of the four scripts runs cell by cell in IPython, shows its picture under its cell, and prints what is
+true. The subprocesses run this file too: it cuts short what takes long, and changes nothing else."""
 
 import contextlib
 import io
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FEW = {  # garments, without asking anybody for Fashion-MNIST
+FEW = {  # synthetic garments, and no attempt to download Fashion-MNIST
     "import lesson_tools as tools\n": """import lesson_tools as tools
 tools.data.fashion_mnist.HOSTS = ()
 tools.data.garments.SPLITS.update(train=500, test=100)
@@ -36,8 +36,8 @@ SHORTER = {
 
 
 def run_cells(script):
-    """Of each cell of a script, in IPython: its title, what it prints, whether it draws, and how many pictures are open
-    after it."""
+    """For each cell of a script, run in IPython: its title, what it prints, whether it draws, and how many pictures are
+    open afterwards."""
     import matplotlib
     import matplotlib.pyplot as plt
     from IPython.core.interactiveshell import InteractiveShell
@@ -104,7 +104,7 @@ def test_every_cell_runs_in_order_and_shows_its_picture(cells, script, sections)
         assert (printed != "") >= (number is not None and not draws), title
 
 
-def test_what_lesson_3_prints_is_so(cells):
+def test_what_lesson_3_prints_is_true(cells):
     printed = "".join(output for _, output, *_ in cells["03_unet_uncond.py"])
     by_batch, by_group = re.findall(r"activations change by (\d+)%", printed)
     assert int(by_batch) > 10 and by_group == "0"
@@ -122,7 +122,7 @@ def test_what_lesson_3_prints_is_so(cells):
     assert all(float(a) > float(b) for a, b in zip(ddim[2:], dpm[2:], strict=True))
 
 
-def test_what_lesson_4_prints_is_so(cells):
+def test_what_lesson_4_prints_is_true(cells):
     printed = "".join(output for _, output, *_ in cells["04_unet_cond.py"])
     (away,) = re.findall(r"at sigma 3: (.*) away", printed)
     away = [float(number) for number in away.split(", ")]

@@ -1,4 +1,4 @@
-"""03 and 04 as their user runs them: in this process with tiny nets, or in one of its own where that matters."""
+"""03 and 04 as their users run them: in this process with tiny networks, or in a separate one if that matters."""
 
 import functools
 import importlib
@@ -25,15 +25,15 @@ from data import Dataset, fashion_mnist, garments, load
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "garments", "--epochs", "0.012", "--batch-size", "10", "--steps", "2", "--n", "2", "--device", "cpu"]
-QUICK = {"widths": (8, 16), "groups": 4, "head_dim": 8, "max_lr": 2e-3}  # in the place of the preset's
+QUICK = {"widths": (8, 16), "groups": 4, "head_dim": 8, "max_lr": 2e-3}  # instead of the preset's
 FILES = ["checkpoint.pt", "denoising.png", "loss.png", "progress.png", "samples.npy", "samples.png"]
 draw_once = functools.cache(garments.draw)
 
 
 @pytest.fixture
 def run_untouched(monkeypatch, capsys):
-    """run_untouched(lesson, arguments, status=0) -> output, errors: its main, in this process, ends with that status
-    (None: 0 or 2). If it is 2, one line that begins with the script's name says why."""
+    """run_untouched(lesson, arguments, status=0) -> output, errors: run its main in this process. It has to end with
+    that status (None: 0 or 2); if it is 2, the last line of the errors begins with the script's name."""
     for name in ("FASHION_MNIST_DIR", "LESSON_RUN"):  # --show sets them
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(garments, "draw", draw_once)
@@ -66,7 +66,7 @@ def nothing_loaded(lesson4):
 
 @pytest.fixture
 def run(lesson3, run_untouched, monkeypatch):
-    """The same with a quick network, in float32, and with one preview, at the end."""
+    """`run_untouched` with a quick network, in float32, and with a single preview, at the end."""
     quick = lesson3.PRESETS["small"]._replace(**QUICK)
     monkeypatch.setitem(lesson3.PRESETS, "small", quick)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", quick._replace(patch=1, widths=(8, 16, 16, 16)))
@@ -149,7 +149,7 @@ def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npy"), images)
 
     sheets = []
-    for name, n in (("Ankle boot", 4), ("9", 6)):  # more images change none
+    for name, n in (("Ankle boot", 4), ("9", 6)):  # asking for more changes none of the first
         run(lesson4, "--sample-only", "--class", name, "--n", n, "--steps", 2, "--out", tmp_path)
         sheets.append(np.load(tmp_path / "samples.npy"))
     assert sheets[0].shape == (4, 1, 28, 28)
@@ -232,7 +232,7 @@ NAMES = ["Cheap $5 to $10", "$5_^$", "\\frac", "100 %", "_a_", "{0}", "été", "
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_any_name_can_be_drawn(lesson4, nothing_loaded, run, tmp_path):
-    """Also a data set's. Nothing in it is taken for mathematics, or for anything else than letters."""
+    """A class's or a data set's: nothing in it is taken for mathematics, or for anything but letters."""
     folder = write_pictures(tmp_path / "$a$ {set}", len(NAMES), 1)
     for label, name in enumerate(NAMES):
         (folder / f"class {label}").rename(folder / name)
@@ -257,7 +257,7 @@ def test_a_finished_run_reads_no_pictures_to_sample_again(lesson4, nothing_loade
 
 
 def test_a_finished_run_refuses_other_data_of_the_same_name(lesson4, nothing_loaded, run, tmp_path):
-    """As torchvision's MNIST/raw and KMNIST/raw have it."""
+    """As with torchvision's MNIST/raw and KMNIST/raw, both called raw."""
     options = [*TINY[2:], "--epochs", "1", "--out", tmp_path / "out"]
     for set_name, height in (("MNIST", 18), ("KMNIST", 20)):
         (tmp_path / set_name).mkdir()
@@ -288,7 +288,7 @@ def test_many_samples_are_kept_and_some_are_drawn(lesson3, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory. Tried to", "DefaultCPUAllocator: can't allocate memory: you"])
-def test_too_little_memory_is_one_line(lesson4, run, tmp_path, monkeypatch, lesson3, message):
+def test_too_little_memory_is_reported_in_one_line(lesson4, run, tmp_path, monkeypatch, lesson3, message):
     for error in (RuntimeError(message), MemoryError()):
 
         def fail(*_, error=error):
@@ -305,10 +305,10 @@ def test_too_little_memory_is_one_line(lesson4, run, tmp_path, monkeypatch, less
 
 
 def test_where_a_script_is_run_changes_nothing(tmp_path):
-    """Not a matplotlibrc, nor the backend of the notebook that starts it; and no terminal lacks a character."""
+    """Neither a matplotlibrc, nor the backend of a notebook that starts it, nor a terminal that lacks characters."""
     (tmp_path / "matplotlibrc").write_text("image.origin: lower\nsavefig.format: svg\nbackend: tkagg\n")
     surroundings = {"MATPLOTLIBRC": tmp_path / "matplotlibrc", "PYTHONIOENCODING": "cp1251"}
-    surroundings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # and nothing of that name can be imported
+    surroundings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # made unusable by the next line
     (tmp_path / "matplotlib_inline.py").write_text("")
     command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.001", "--class", "Bag"]
     pictures = []
@@ -323,7 +323,7 @@ def test_where_a_script_is_run_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("n_classes", "each"), [(10, 10), (1, 1)])
-def test_ones_own_pictures(lesson4, run, tmp_path, n_classes, each):
+def test_your_own_pictures(lesson4, run, tmp_path, n_classes, each):
     folder = write_pictures(tmp_path / "squares", n_classes, each)
     options = ["--epochs", 20 / (n_classes * each), "--data-dir", folder, "--out", tmp_path / "out"]
     output, _ = run(lesson4, *TINY[2:], *options, "--class", "class 0")
@@ -339,7 +339,7 @@ def test_images_that_are_all_one_grey_are_refused(lesson4, run, tmp_path):
     assert "grey: all images are the same grey" in errors.splitlines()[-1]
 
 
-def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tmp_path):
+def test_the_shipped_weights_sample_at_once(lesson4, run_untouched, tmp_path):
     """Without data or a checkpoint, and from a file that is small and harmless."""
     weights = ROOT / "data" / "pretrained" / "cond.pt"
     assert weights.stat().st_size < 6e6
@@ -351,7 +351,7 @@ def test_the_weights_that_come_with_it_sample_at_once(lesson4, run_untouched, tm
     assert boots.shape == (3, 1, 28, 28)
     drawn = load("garments", "test")
     means = np.stack([drawn.images[drawn.labels == label].mean(axis=0) for label in range(10)]).reshape(10, -1)
-    for boot in boots.reshape(3, -1):  # more like a drawn sandal, sneaker or ankle boot than like any clothes
+    for boot in boots.reshape(3, -1):  # more like a sandal, sneaker or ankle boot than like anything else
         alike = [np.corrcoef(boot, mean)[0, 1] for mean in means]
         assert max(alike[label] for label in (5, 7, 9)) > max(alike[label] for label in (0, 1, 2, 3, 4, 6, 8))
 
@@ -372,7 +372,7 @@ def test_pretrained_has_its_own_folder_and_guidance(lesson3, lesson4, run, tmp_p
 
 @pytest.mark.parametrize(("name", "images"), [("small", 180_000), ("lecture", 1_500_000)])
 def test_a_preset_sees_as_many_images_whatever_the_data(lesson3, monkeypatch, name, images, tmp_path):
-    """And --epochs 3 of Fashion-MNIST's 60,000 images is the default."""
+    """With Fashion-MNIST's 60,000 images, that is the same as --epochs 3 for `small`, 25 for `lecture`."""
     assert lesson3.PRESETS[name].images_seen == images
     parser, _ = tools.make_run_parser("03.py", "", lesson3.PRESETS)
     for n, arguments in ((40, []), (10_000, []), (60_000, []), (60_000, ["--epochs", str(images / 60_000)])):
@@ -408,7 +408,7 @@ def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp
 
 
 def test_previews_change_nothing_and_come_back(lesson3, lesson4, run, tmp_path, monkeypatch):
-    """Weights, losses, and the previews themselves, in a run without interruption or with one between two of them."""
+    """Weights, losses and the previews themselves stay the same, even if a run is interrupted between two previews."""
     whole, parts, without = (tmp_path / name for name in ("whole", "parts", "without"))
     run(lesson4, *TINY, "--out", without)
     monkeypatch.setattr(lesson3, "STEPS", 2)
@@ -427,7 +427,7 @@ def test_previews_change_nothing_and_come_back(lesson3, lesson4, run, tmp_path, 
         assert found == expected and losses == equal and torch.equal(images, same)
         assert images.shape == (10, 1, 28, 28) and images.dtype == torch.uint8
         assert list(losses) == ["training images", "held-out images"] and np.isfinite([*losses.values()]).all()
-    # the last samples are those that the run ends with; its losses are the average's, with all labels
+    # the last preview shows the final samples; its losses are the averaged network's, with no label dropped
     expected = ((np.load(whole / "samples.npy")[::2] + 1) * 127.5).round()
     assert np.abs(images.numpy() - expected).max() <= 1
     denoiser, _ = lesson3.load_denoiser(whole / "checkpoint.pt", lesson4.make_network, torch.device("cpu"))
@@ -439,7 +439,7 @@ def test_previews_change_nothing_and_come_back(lesson3, lesson4, run, tmp_path, 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_device_goes_on_and_samples_as_the_cpu_does(lesson3, lesson4, run, tmp_path, monkeypatch, device):
-    """In float32, as `run` has it, and not compiled."""
+    """In float32, as `run` sets it."""
     options, whole, parts = [*TINY, "--device", device, "--out"], tmp_path / "whole", tmp_path / "parts"
     output, _ = run(lesson4, *options, whole)
     assert f"device    1 × {device}, float32" in output
@@ -521,7 +521,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         run(lesson4, *TINY, "--out", tmp_path, status=130)
     before = (tmp_path / "checkpoint.pt").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # of each file that is written
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))  # for each file written
     try:
         _, errors = run(lesson4, *TINY, "--out", tmp_path, "--n", "40", status=2)
     finally:
@@ -532,7 +532,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
     run(lesson4, *TINY, "--out", tmp_path)
 
 
-# What is typed wrong
+# Typing errors
 @pytest.mark.parametrize(
     ("arguments", "accepted"),
     [
@@ -570,7 +570,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--pretrained", "--restart"], "not allowed with"),
     ],
 )
-def test_a_bad_value_is_said_in_one_line(lesson4, run, arguments, accepted, tmp_path):
+def test_a_bad_value_is_reported_in_one_line(lesson4, run, arguments, accepted, tmp_path):
     _, errors = run(lesson4, *([] if "--out" in arguments else ["--out", tmp_path]), *arguments, status=2)
     assert accepted in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
@@ -584,7 +584,7 @@ def test_lesson_2_says_in_one_line_that_the_data_is_not_there(nothing_loaded, ru
 
 
 WORDS = st.sampled_from(["", "0", "-1", "3", "nan", "1e9", "9" * 30, "½", "x y", "--", "./", "Ankle boot"])
-WORDS |= st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))  # no control characters, no ends of lines
+WORDS |= st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]))  # no control characters, no line breaks
 
 
 GOOD = {"--data": "auto|garments|fashion-mnist", "--data-dir": "symbols|squares|.", "--preset": "small|lecture"}
@@ -594,7 +594,7 @@ OPTIONS = [  # two of three values are good
     st.tuples(st.just(name), st.sampled_from(good.split("|")) | st.sampled_from(good.split("|")) | WORDS)
     for name, good in GOOD.items()
 ]
-# other numbers of epochs may take long
+# other numbers of epochs could take long
 OPTIONS += [st.tuples(st.just("--epochs"), st.sampled_from(["1e-9", "0.0003", "0", "-1", "nan", "1e9", "many", ""]))]
 OPTIONS += [st.tuples(st.sampled_from(["--restart", "--sample-only", "--pretrained", "--no-time"])), st.tuples(WORDS)]
 COMMAND_LINE = st.lists(st.one_of(OPTIONS), max_size=4).map(lambda each: [word for option in each for word in option])
@@ -604,7 +604,7 @@ QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 @settings(derandomize=True, database=None, deadline=None, suppress_health_check=QUIET, max_examples=25)
 @given(lines=st.lists(st.tuples(st.integers(0, 1), COMMAND_LINE), min_size=1, max_size=2))
 def test_any_command_line_is_run_or_refused(lesson3, lesson4, run, tmp_path_factory, monkeypatch, lines):
-    """Also the second one in the folder that the first one wrote to."""
+    """So is a second one, in the folder that the first one wrote to."""
     folder = tmp_path_factory.mktemp("any")
     monkeypatch.chdir(folder)
     write_symbols(folder / "symbols", 18, 30)

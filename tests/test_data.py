@@ -1,4 +1,4 @@
-"""The data sets: the official files, other people's, and everything that can be wrong with a file or a network."""
+"""The data sets: the official files, other people's, and everything that can go wrong with a file or a network."""
 
 import contextlib
 import functools
@@ -53,7 +53,7 @@ def test_the_official_files_are_recognised(split, n):
     assert (images.shape, images.dtype, labels.dtype) == ((n, 28, 28), np.uint8, np.int64)
     assert np.bincount(labels).tolist() == [n // 10] * 10
     assert (found.classes[9], found.name) == ("Ankle boot", "Fashion-MNIST")
-    # trousers are narrow and sneakers low: labels belong to their images
+    # trousers are narrow and sneakers are low, so the labels match the images
     lit = images > 50
     assert lit[labels == 1].any(axis=1).mean() < lit[labels == 4].any(axis=1).mean()
     assert lit[labels == 7].any(axis=2).mean() < lit[labels == 3].any(axis=2).mean()
@@ -61,7 +61,7 @@ def test_the_official_files_are_recognised(split, n):
 
 @needs_official
 @pytest.mark.parametrize("name", fashion_mnist.SHA256)
-def test_the_sums_that_a_download_must_have(name):
+def test_the_checksums_are_those_of_the_official_files(name):
     packed = (Path(OFFICIAL) / f"{name}.gz").read_bytes()
     assert fashion_mnist.SHA256[name] == tuple(hashlib.sha256(x).hexdigest() for x in (packed, gzip.decompress(packed)))
 
@@ -82,7 +82,7 @@ def test_other_files_get_numbers_for_names(digits, monkeypatch):
     found = data.load("auto", "train")
     assert (found.images.shape, found.labels.tolist()) == ((20, 12, 8), [0, 1, 2, 3] * 5)
     assert (found.classes, found.name) == (("0", "1", "2", "3"), "digits")
-    found.images[:] = 0  # can be written to
+    found.images[:] = 0  # the array is writable
     (digits / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(8, np.uint8)))
     assert data.load("fashion-mnist", "test", digits).classes == found.classes
 
@@ -103,7 +103,7 @@ def test_a_label_that_no_image_has_is_no_class(digits):
 @pytest.mark.parametrize("new", ["{}", "{stem}/{}", "raw/{}", "FashionMNIST/raw/{}", "digits/{stem}/{}"])
 @pytest.mark.parametrize("dot", [False, True])
 def test_files_under_nearly_the_right_names(digits, new, dot):
-    """As other pages and programs name them, or in a folder of its own for each, as Kaggle's archive unpacks."""
+    """Named as other pages and programs name them, or each in its own folder, as Kaggle's archive unpacks."""
     for path in [*digits.iterdir()]:
         name = path.name.replace("-idx", ".idx") if dot else path.name
         target = digits / new.format(name, stem=name.removesuffix(".gz"))
@@ -115,7 +115,7 @@ def test_files_under_nearly_the_right_names(digits, new, dot):
         assert found.images.shape == (n, 12, 8) and found.name == "digits"
 
 
-def test_files_under_other_names_are_told_the_right_ones(tmp_path):
+def test_a_message_gives_the_right_names_of_files(tmp_path):
     (tmp_path / "emnist-letters-train-images-idx3-ubyte.gz").write_bytes(b"")
     with pytest.raises(data.DataError, match=r"or train-images-idx3-ubyte, .*; it contains emnist-letters-train-im"):
         data.load("auto", "train", tmp_path)
@@ -139,7 +139,7 @@ def test_files_under_other_names_are_told_the_right_ones(tmp_path):
         (lambda content: b"\x1f\x8b garbage", "cannot be read"),
     ],
 )
-def test_a_damaged_file_is_one_clear_line(digits, damage, complaint):
+def test_a_damaged_file_is_reported_in_one_clear_line(digits, damage, complaint):
     path = digits / TRAIN_IMAGES
     path.write_bytes(damage(gzip.decompress(path.read_bytes())))
     with pytest.raises(data.DataError, match=complaint) as caught:
@@ -161,7 +161,7 @@ def test_every_truncation_is_noticed(digits):
 
 
 def test_a_gzip_bomb_is_not_unpacked(digits):
-    """Zeros without end, almost, behind a header that announces little."""
+    """Almost endless zeros, behind a header that promises only a few."""
     with gzip.open(digits / TRAIN_IMAGES, "wb", compresslevel=1) as file:
         file.write(idx(np.zeros((20, 12, 8), np.uint8)))
         file.write(bytes(1 << 26))
@@ -187,7 +187,7 @@ def host(digits, tmp_path, monkeypatch):
     (digits / "train-labels-idx1-ubyte.gz").write_bytes(labels)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=digits)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # asked to stop, it soon does
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # polls often, so it soon stops
     monkeypatch.setattr(fashion_mnist, "CACHES", (tmp_path / "cache", tmp_path / "home"))
     monkeypatch.setattr(fashion_mnist, "HOSTS", (f"http://127.0.0.1:{server.server_port}/",))
     packed = {name: (digits / f"{name}.gz").read_bytes() for name in fashion_mnist.FILES["train"]}
@@ -243,8 +243,8 @@ ANSWER = b"HTTP/1.0 200 OK\r\n"
         (ANSWER + b"\r\n", bytes(1 << 20), 0, "more than"),
     ],
 )
-def test_a_host_that_misbehaves_is_given_up(host, tmp_path, monkeypatch, answer, again, pause, complaint):
-    """Each answer, then `again` without end, with a pause before it; the next host has the files."""
+def test_a_misbehaving_host_is_abandoned(host, tmp_path, monkeypatch, answer, again, pause, complaint):
+    """The host sends `answer`, then `again` without end, after a pause each time; the next host has the files."""
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
@@ -279,8 +279,8 @@ def test_a_host_that_misbehaves_is_given_up(host, tmp_path, monkeypatch, answer,
 
 
 @pytest.mark.parametrize("writable", [True, False])
-def test_where_the_project_cannot_be_written_to_the_users_cache_is(host, tmp_path, monkeypatch, writable):
-    """If that can't either, nothing is fetched."""
+def test_a_read_only_project_downloads_to_the_users_cache(host, tmp_path, monkeypatch, writable):
+    """If that is read-only too, nothing is downloaded."""
     (tmp_path / "a file").write_text("so no folder can be made in it")
     caches = tmp_path / "a file" / "cache", tmp_path / "home" / ".cache" if writable else tmp_path / "a file"
     monkeypatch.setattr(fashion_mnist, "CACHES", caches)
@@ -294,14 +294,14 @@ def test_where_the_project_cannot_be_written_to_the_users_cache_is(host, tmp_pat
             data.load("fashion-mnist", "train")
 
 
-def test_without_a_network_garments_take_its_place(monkeypatch, tmp_path, capsys):
+def test_without_a_network_synthetic_garments_are_used(monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
     monkeypatch.setattr(fashion_mnist, "CACHES", (tmp_path, tmp_path))
     monkeypatch.setattr(fashion_mnist, "HOSTS", ("http://127.0.0.1:9/",))
     monkeypatch.setitem(garments.SPLITS, "test", 20)
     assert data.load("auto", "test").name == "garments"
     assert "using synthetic garments instead" in capsys.readouterr().out
-    assert data.load("auto", "test", download=False).name == "garments"  # which nobody need be told
+    assert data.load("auto", "test", download=False).name == "garments"  # nobody needs a message then
     assert capsys.readouterr().out == ""
     with pytest.raises(data.DataError, match="could not be downloaded"):
         data.load("fashion-mnist", "test")
@@ -340,7 +340,7 @@ def test_folders_of_pictures(tmp_path, monkeypatch, capsys):
 
 
 def build(folder, *paths):
-    """A folder with files at these paths, whose parts are separated by "/": "3 a/x.png" are three in the folder a."""
+    """A folder with files at these paths, whose parts are separated by "/". "3 a/x.png" stands for three of them."""
     for path in paths:
         count, _, path = path.rpartition(" ")
         for i in range(int(count or 1)):
@@ -399,7 +399,7 @@ def test_layouts_that_are_refused(tmp_path, paths, complaint):
         data.load("auto", "train", build(tmp_path / "mine", *paths))
 
 
-def test_what_is_left_out_or_lost_is_said(tmp_path, capsys):
+def test_skipped_files_and_lost_contrast_are_reported(tmp_path, capsys):
     folder = build(tmp_path / "mine", "3 a/x.png", "40 a/y.heic", "b/x.png", "deeper/c/x.png", "deeper/x.png")
     Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(folder / "a" / "twelve bits.png")
     line = np.zeros((9, 9, 4), np.uint8)
@@ -412,7 +412,7 @@ def test_what_is_left_out_or_lost_is_said(tmp_path, capsys):
 
 
 def test_all_broken_pictures_are_named_at_once(tmp_path):
-    """Those held out as well; ten of them, and how many more."""
+    """Held-out ones too. The message names ten, and says how many more there are."""
     folder = write_pictures(tmp_path / "squares", 1, 30)
     for i in range(9, 30):
         (folder / "class 0" / f"{i:02}.{('png', 'JPG')[i % 2]}").write_bytes(b"no picture")
@@ -425,7 +425,7 @@ def test_all_broken_pictures_are_named_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("values", [[0.0, 0.5, 1.0], [0, 70_000], [-5, 5], [float("nan"), 1]])
-def test_values_that_no_grey_stands_for_are_refused(tmp_path, values):
+def test_values_that_are_no_grey_levels_are_refused(tmp_path, values):
     (tmp_path / "a").mkdir()
     kind = np.float32 if isinstance(values[0], float) else np.int32
     Image.fromarray(np.array([values], kind)).save(tmp_path / "a" / "x.tif")
@@ -456,7 +456,7 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
 
 
 def test_large_photos_are_read_at_a_fraction_of_their_size(tmp_path, monkeypatch):
-    """And only once for both splits, as long as they stay as they are."""
+    """And only once for both splits, unless a file changes."""
     (tmp_path / "a").mkdir()
     y, x = np.mgrid[:2000, :3000]
     for i in range(2):
@@ -475,7 +475,7 @@ def test_large_photos_are_read_at_a_fraction_of_their_size(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("n_classes", "each", "held_out"), [(1, 1, 0), (2, 1, 0), (3, 4, 1), (1, 29, 2)])
 def test_at_least_one_picture_is_held_out(tmp_path, n_classes, each, held_out):
-    """But not a class's only one."""
+    """But never a class's only one."""
     train, test = (data.load("auto", split, write_pictures(tmp_path, n_classes, each)) for split in data.SPLITS)
     assert len(test.images) == (held_out or n_classes)
     assert len(train.images) == n_classes * each - held_out
@@ -483,7 +483,7 @@ def test_at_least_one_picture_is_held_out(tmp_path, n_classes, each, held_out):
 
 
 def transparent():
-    """Half of it white, half transparent red."""
+    """Half white, half transparent red."""
     pixels = np.full((10, 20, 4), 255, np.uint8)
     pixels[:, 10:] = 255, 0, 0, 0
     return Image.fromarray(pixels)
@@ -520,7 +520,7 @@ def test_pictures_become_grey_upright_and_fitted(tmp_path, capsys, name, picture
     picture.save(tmp_path / "a" / name, **options)
     (images,) = data.load("auto", "train", tmp_path).images
     expected = np.zeros((28, 28))
-    expected[7:21, :14] = 76 if coloured else 255  # of red, the luminance
+    expected[7:21, :14] = 76 if coloured else 255  # the luminance of red
     inside = [*range(12), *range(16, 28)]  # not where light and dark meet
     assert np.abs(images - expected)[:6].max() == np.abs(images - expected)[22:].max() == 0
     assert np.abs(images - expected)[9:19, inside].max() <= 3

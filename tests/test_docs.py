@@ -1,4 +1,4 @@
-"""README and docs/: whatever they point to is there, and the answers to the exercises are right."""
+"""README and docs/: whatever they point to exists, and the answers to the exercises are right."""
 
 import importlib
 import re
@@ -81,7 +81,7 @@ def test_the_answer_about_max_period():
 
 
 def test_the_answer_about_added_skips(tmp_path, monkeypatch):
-    """The answer's lines, put into a copy of 03, make a U-Net of as many parameters as it says."""
+    """The answer's lines, put into a copy of 03, make a U-Net with as many parameters as the answer says."""
     constructor, forward = re.findall(r"```python\n(.*?)```", EXERCISES, flags=re.DOTALL)
     code, inside, level = (ROOT / "03_unet_uncond.py").read_text(encoding="utf-8"), " " * 16, " " * 8
     for pattern, new in (
@@ -98,4 +98,4 @@ def test_the_answer_about_added_skips(tmp_path, monkeypatch):
     for name in ("added", "03_unet_uncond"):
         lesson = importlib.import_module(name)
         counts.append(f"{lesson.count_parameters(lesson.UNet(1, (32, 64, 128, 256), depth=2, groups=2)):,}")
-    assert "{} parameters remain of {}.".format(*counts) in EXERCISES
+    assert "{} of {} parameters remain.".format(*counts) in EXERCISES

@@ -37,7 +37,7 @@ def export(lesson3, lesson4, redraw, tmp_path):
 
 def make_inputs(lesson3, denoiser, n=3):
     """Activations, times, and labels, of which the first is "no label"."""
-    time = lesson3.TIME_SCALE * torch.empty(n).uniform_(-1, 1.1)  # more than ln(sigma) / 4 ever is
+    time = lesson3.TIME_SCALE * torch.empty(n).uniform_(-1, 1.1)  # a wider range than that of ln(sigma) / 4
     unit = 2 ** (len(denoiser.network.widths) - 1)  # the lowest level has 2 × 3 pixels
     return torch.randn(n, denoiser.patch**2, 2 * unit, 3 * unit), time, torch.tensor([10, 0, 9])[:n]
 
@@ -77,7 +77,7 @@ def test_a_trained_network_is_exported_by_one_command(lesson4, tmp_path):
         ({}, ["checkpoint.pt", __file__], "DIR must be a folder"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(changes, arguments, message, lesson4, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_done_is_reported(changes, arguments, message, lesson4, tmp_path, monkeypatch, capsys):
     content = torch.load(lesson4.PRETRAINED, weights_only=True)
     content |= {part: content[part] | change for part, change in changes.items()}
     torch.save(content, tmp_path / "checkpoint.pt")

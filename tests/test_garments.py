@@ -1,4 +1,4 @@
-"""The drawn garments are what `data` promises: reproducible, balanced, and what they have always been."""
+"""The synthetic garments are what `data` promises: reproducible, balanced, and the same as ever."""
 
 import functools
 
@@ -35,7 +35,7 @@ def test_any_number_of_pictures(n, monkeypatch):
     images, labels = garments.draw("train", n)
     assert images.shape == (n, 28, 28) and labels.shape == (n,)
     assert np.ptp(np.bincount(labels, minlength=10)) <= 1 and labels.max() < 10
-    assert (images.max(axis=(1, 2)) > 60).all()  # no picture was left out
+    assert (images.max(axis=(1, 2)) > 60).all()  # none was left blank
 
 
 def test_split_and_seed_decide_everything():
@@ -48,8 +48,8 @@ def test_split_and_seed_decide_everything():
     assert images[-1].tobytes() == again.tobytes() and labels[-1].tobytes() == labels_again.tobytes()
 
 
-# Of the test pictures of each class. Somebody's checkpoint was trained on these pictures: whoever changes how they are
-# drawn changes these numbers.
+# Figures for the test pictures of each class. Somebody's checkpoint was trained on such pictures: whoever changes how
+# they are drawn has to change these numbers too.
 LOOKS = [
     [75.27, 47.38, 84.97, 48.80, 85.82, 28.40, 75.00, 45.72, 63.83, 70.54],  # the mean pixel
     [15.88, 7.70, 16.37, 11.42, 15.70, 17.02, 19.68, 16.66, 17.82, 15.51],  # its mean difference from the one below
@@ -64,7 +64,7 @@ def test_the_pictures_are_what_they_were():
     classes = np.stack([images[labels == label].astype(float) for label in range(10)])  # (10, 200, 28, 28)
     (below, right), place = (np.abs(np.diff(classes, axis=axis)) for axis in (2, 3)), np.linspace(-1, 1, 28)
     looks = [each.mean(axis=(1, 2, 3)) for each in (classes, below, right, classes * place[:, None], classes * place)]
-    np.testing.assert_allclose(looks, LOOKS, rtol=0, atol=0.02)  # rounding moves few pixels by one level
+    np.testing.assert_allclose(looks, LOOKS, rtol=0, atol=0.02)  # rounding moves a few pixels by one level
 
 
 # The painter's one difficult function.
@@ -72,7 +72,7 @@ def test_the_pictures_are_what_they_were():
 def test_fill_agrees_with_counting_points_inside(reverse):
     rng = np.random.default_rng(0)
     angles = np.sort(rng.uniform(0, 2 * np.pi, (5, 9)), axis=1)
-    radius = rng.uniform(4, 18, (5, 9))  # stars, with corners outside of the picture
+    radius = rng.uniform(4, 18, (5, 9))  # stars, with corners outside the picture
     stars = 14 + radius[..., None] * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
     coverage = garments.fill(stars[:, ::-1] if reverse else stars)
     fine = (np.arange(28 * 16) + 0.5) / 16
@@ -88,7 +88,7 @@ def test_fill_is_exact_along_a_row():
     expected = np.zeros((28, 28))
     expected[2:5, 3:8] = np.outer((1, 1, 0.5), (0.7, 1, 1, 1, 0.8))
     np.testing.assert_allclose(garments.fill(box)[0], expected, atol=1e-6)
-    twice = garments.fill(np.concatenate([box, box], axis=1))[0]  # around it twice: no pixel is more than covered
+    twice = garments.fill(np.concatenate([box, box], axis=1))[0]  # twice around: no pixel is more than covered
     np.testing.assert_allclose(twice, np.minimum(2 * expected, 1), atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""lesson_tools: figures, files, options, devices, checkpoints, and a resumable run of a loop of three lines."""
+"""lesson_tools: figures, files, options, devices, checkpoints, and a resumable run of a three-line training loop."""
 
 import argparse
 import copy
@@ -86,7 +86,7 @@ def test_a_section_that_warns_does_not_stop_the_lesson(tmp_path, capsys):
         ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, None),
         ({"avx512_bf16": True}, torch.bfloat16),
         ({"amx_bf16": True}, torch.bfloat16),
-        ({}, None),  # another maker's
+        ({}, None),  # another manufacturer's
     ],
 )
 def test_bfloat16_is_for_processors_with_instructions_for_it(monkeypatch, instructions, expected):
@@ -107,7 +107,7 @@ def test_auto_is_a_gpu_from_nvidia_or_the_cpu(monkeypatch, cuda):
     monkeypatch.setattr(torch, "ones", lambda n, device: torch.tensor([1.0]))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert tools.choose_device("auto").type == ("cuda" if cuda else "cpu")
-    assert tools.choose_device("mps").type == "mps"  # for whoever asks for it
+    assert tools.choose_device("mps").type == "mps"  # if you ask for it
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(tools.UserError, match="only cuda, cpu" if cuda else "only cpu"):
         tools.choose_device("mps")
@@ -179,7 +179,7 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path):
         n = int(random.integers(1, 40))
         bit = bytes([good[at] ^ 1 << random.integers(8)])
         ways = [(bit, 1), (bytes(n), n), (random.bytes(n), n), (b"", n), (random.bytes(n), 0), (b"", len(good))]
-        content, lost = ways[random.integers(len(ways))]  # a bit flipped, bytes zeroed, replaced, lost, put in; a cut
+        content, lost = ways[random.integers(len(ways))]  # flip a bit; zero, replace, lose, add bytes; cut the end
         found.append(load(path, good[:at] + content + good[at + lost :]))
     for read in filter(None, found):
         torch.testing.assert_close(read["ema"], whole["ema"], rtol=0, atol=0)
@@ -188,12 +188,12 @@ def test_a_damaged_file_is_refused_or_harmless(tmp_path):
     folder = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(good)) as source, zipfile.ZipFile(folder, "w") as target:
         for entry in source.infolist():
-            entry.external_attr = 0x10 * entry.filename.endswith("data/0")  # the weights: "a folder"
+            entry.external_attr = 0x10 * entry.filename.endswith("data/0")  # claims that the weights are a folder
             target.writestr(entry, source.read(entry))
     assert load(path, folder.getvalue()) is None
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
     class Harmful:
         def __reduce__(self):
             return os.mkdir, ("harm",)
@@ -211,7 +211,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
     (tmp_path / "c.pt").mkdir()
-    with pytest.raises(OSError, match=r"c\.pt"):  # which `run_command` makes one line, without advice to start over
+    with pytest.raises(OSError, match=r"c\.pt"):  # `run_command` prints one line of it, without advice to start over
         tools.load_checkpoint(tmp_path / "c.pt", Settings)
 
 
@@ -230,8 +230,8 @@ def preview():
 
 @pytest.fixture
 def fit(tmp_path, capfd, monkeypatch):
-    """fit(act, factor, preview, **settings): run or resume a loop in which act(step) is called before each step, and
-    the loss multiplied by factor. Returns what ended it, or None; what it printed; and the checkpoint."""
+    """fit(act, factor, preview, **settings): run or resume a loop that calls act(step) before each step, and multiplies
+    the loss by factor. Returns the exception that ended it, or None; what it printed; and the checkpoint."""
     path = tmp_path / "checkpoint.pt"
     monkeypatch.setattr(tools, "PREVIEW_AT", (1,))
 
@@ -265,7 +265,7 @@ def assert_same(one, other):
 
 @pytest.fixture
 def whole(fit):
-    """The checkpoint of a run that nothing interrupted."""
+    """The checkpoint of an uninterrupted run."""
     ended, said, checkpoint = fit()
     assert ended is None and checkpoint["step"] == 12
     assert checkpoint["losses"].isfinite().all() and len(checkpoint["losses"]) == 12
@@ -335,7 +335,7 @@ lesson_tools.run_resumable(loop, preview, {{"line": line}}, path, {{"settings": 
 """
 
 
-def test_kill_leaves_the_checkpoint_of_before(tmp_path):
+def test_kill_leaves_the_previous_checkpoint(tmp_path):
     """`kill -9`, here in the middle of the fifth save."""
     path = tmp_path / "checkpoint.pt"
     code = KILLED.format(paths=[str(ROOT), str(ROOT / "tests")], path=str(path))
@@ -349,7 +349,7 @@ def test_kill_leaves_the_checkpoint_of_before(tmp_path):
 def test_saves_come_when_due(fit, monkeypatch):
     saves = []
     monkeypatch.setattr(tools, "save_checkpoint", lambda path, content: saves.append(copy.deepcopy(content)))
-    clock = iter(range(0, 10**6, 50))  # each look is fifty seconds later
+    clock = iter(range(0, 10**6, 50))  # each look at the clock is fifty seconds later
     monkeypatch.setattr(tools.time, "monotonic", lambda: next(clock))
     fit()
     steps = [content["step"] for content in saves]
@@ -378,7 +378,7 @@ def test_a_failed_save_is_tried_again_and_only_the_last_ends_the_run(fit, whole,
     assert "disk full" in str(ended) and checkpoint["step"] == 11
 
 
-PREVIEW_AT = tools.PREVIEW_AT  # `fit` has the last one only
+PREVIEW_AT = tools.PREVIEW_AT  # `fit` leaves only the last one
 MILESTONES = [10, *range(100, 1001, 100)], [1, 2, 4, 5, 6, 7, 8, 10, 11, 12], [1]
 
 
@@ -392,7 +392,7 @@ def test_previews_come_after_a_hundredth_and_each_tenth(fit, monkeypatch, steps,
 
 
 def test_a_run_that_is_stopped_between_previews_keeps_them(fit, monkeypatch):
-    """They are bytes, in the checkpoint; the pictures are drawn with all of them."""
+    """The checkpoint has them as bytes; the pictures show all of them."""
     calls, rows = [], []
 
     def counted():
@@ -415,7 +415,7 @@ def test_a_run_that_is_stopped_between_previews_keeps_them(fit, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no such glyph"), MemoryError("no room")])
-def test_a_picture_that_cannot_be_drawn_ends_nothing(fit, monkeypatch, error):
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(fit, monkeypatch, error):
     def fail(*arguments, **options):
         raise error
 
@@ -428,7 +428,7 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(fit, monkeypatch, error):
 
 @pytest.mark.parametrize(("seconds", "said"), [(10, False), (50, True)])
 def test_a_run_of_more_than_an_hour_says_so_once(fit, monkeypatch, seconds, said):
-    clock = iter(range(0, 10**9, seconds))  # each look is so much later: a step takes one look, or two
+    clock = iter(range(0, 10**9, seconds))  # later at each look; a step looks once or twice
     monkeypatch.setattr(tools.time, "monotonic", lambda: next(clock))
     _, output, _ = fit(steps=100)
     assert output.out.count("hours to go; to save time: --restart with a smaller --epochs") == said

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 
-def test_bars_match_in_all_images_and_in_half_of_those_with_bars_of_others():
+def test_bars_match_if_and_only_if_they_have_the_same_colour():
     images = measure_attention.draw_pairs(400, torch.Generator().manual_seed(0)) / 127.5 - 1
     assert measure_attention.bars_match(images).all()
     assert 0.4 < (images[:, 0, 0, 0] > 0).float().mean() < 0.6

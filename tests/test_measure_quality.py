@@ -19,7 +19,7 @@ CLASSES = data.fashion_mnist.CLASSES
 
 @pytest.mark.parametrize("n, m, d, tolerance", [(50, 60, 4, 1e-10), (300, 200, 16, 1e-10), (6, 9, 12, 1e-6)])
 def test_frechet_distance(n, m, d, tolerance):
-    """Against the eigenvalues of A B, not symmetric; of fewer images than features, with the root of rounding, 1e-8."""
+    """Against the eigenvalues of A B. With fewer images than features, some are zero, and come out as roots of 1e-8."""
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((n, d)), rng.standard_normal((m, d)) @ rng.standard_normal((d, d)) + 1
     roots = np.sqrt(np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).real.clip(min=0))
@@ -30,7 +30,7 @@ def test_frechet_distance(n, m, d, tolerance):
 
 
 def test_nearest_neighbours_are_found_and_a_copy_is_found_out():
-    """The second time, those that were found don't count."""
+    """The second time, those found the first time don't count."""
     images, others = torch.rand(2, 30, 1, 6, 5) * 2 - 1
     images[3], images[4] = others[17], others[8] + 0.01
     expected, numbers = (images[:, None] - others).square().mean(dim=(2, 3, 4)).sqrt().sort(dim=1)  # 30 30
@@ -42,7 +42,7 @@ def test_nearest_neighbours_are_found_and_a_copy_is_found_out():
 
 @pytest.fixture(scope="module")
 def sets():
-    """Little data sets under the official one's name: 40 training images, 20 test images."""
+    """Little data sets with the official one's name: 40 training images, 20 test images."""
     images = np.random.default_rng(0).integers(0, 256, (60, 28, 28)).astype(np.uint8)
     train = data.Dataset(lambda: images[:40], np.arange(40) // 4, CLASSES, "Fashion-MNIST")
     return {"train": train, "test": data.Dataset(lambda: images[40:], np.arange(20) // 2, CLASSES, "Fashion-MNIST")}
@@ -59,9 +59,9 @@ def test_baselines_have_equally_many_of_each_class(sets):
 
 @pytest.fixture
 def tiny(sets, lesson3, redraw, monkeypatch, tmp_path):
-    """tiny(network's name): the path of a checkpoint of such a network, with weights that nobody has trained.
+    """tiny(network's name): the path of a checkpoint of a tiny network with random weights.
 
-    spoilt: the name of a file beside it, or of itself, that is something else; relabelled: a set of other classes."""
+    spoilt: the name of a file to overwrite with garbage, itself perhaps; relabelled: a set to give other classes."""
     preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=2, head_dim=8, batch_size=4)
     monkeypatch.setitem(lesson3.PRESETS, "small", preset)
     monkeypatch.setattr(tools, "choose_precision", lambda device: None)
@@ -100,15 +100,15 @@ def test_the_classes_are_drawn_in_turn(tiny):
     assert len(given) == 4
     assert labels.tolist() == given[0] == [*range(10), 0, 1]
     assert given[-1] == [*given[0], *[10] * 12]
-    assert (images[0] - images[10]).abs().max() > 0.1  # of one class, and not one image
+    assert (images[0] - images[10]).abs().max() > 0.1  # the same class, but another image
     more, _ = measure_quality.draw_samples(denoiser, settings, 13, 4, 0.5)
     torch.testing.assert_close(more[:12], images, rtol=0, atol=1e-4)
 
 
 def striped(n):
-    """n images, uint8 (n, 28, 4), with noise and a bright stripe where the class says; labels (n,)."""
+    """n images, uint8 (n, 28, 4), of noise, with a bright stripe whose row tells the class; labels (n,)."""
     labels = torch.arange(n) % 10
-    images = torch.randint(0, 60, (n, 28, 4), dtype=torch.uint8)  # narrow ones are learned faster
+    images = torch.randint(0, 60, (n, 28, 4), dtype=torch.uint8)  # narrow images are learned faster
     images[torch.arange(n), 2 * labels + 4] = 255
     return images, labels
 
@@ -124,8 +124,8 @@ def test_a_classifier_learns(name, monkeypatch):
     assert (taken_for == labels).float().mean() > 0.9
 
 
-def test_the_classifiers_that_come_with_it_know_fashion(monkeypatch):
-    """They are small, harmless, and name 93 % of the test images correctly; of the first 2,000, about as many."""
+def test_the_shipped_classifiers_know_fashion(monkeypatch):
+    """They are small and harmless, and name 93 % of the test images correctly; of the first 2,000, about as many."""
     assert classifiers.PATH.stat().st_size < 2e6
     weights = torch.load(classifiers.PATH, weights_only=True)
     assert {value.dtype for each in weights.values() for value in each.values()} == {torch.float16, torch.int64}
@@ -192,7 +192,7 @@ def test_a_checkpoint_is_measured(tiny, command):
     text = command(tiny("CondUNet"), "--n", 20, "--steps", 2, "--guidance", 0.7)
     assert "20 in 2 steps, guidance 0.7\n" in text
     for name in ("samples", "training images", "white noise"):
-        assert text.count(f"\n{name} ") == 2 + (name == "samples")  # quality, neighbours, what is measured
+        assert text.count(f"\n{name} ") == 2 + (name == "samples")  # both tables; the first line too
     text = command(tiny("TimeUNet"), "--n", 20, "--steps", 2)
     _, row, _ = (line.split() for line in text.splitlines() if line.startswith("samples"))
     assert row[2::2] == ["-", "-"]
@@ -233,7 +233,7 @@ def test_the_sweep(tiny, command, lesson4, monkeypatch):
         ({}, "checkpoint.pt --steps 0", "error: argument --steps: must be a whole number from 1"),
     ],
 )
-def test_what_cannot_be_done_is_said(network, arguments, message, tiny, command, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_done_is_reported(network, arguments, message, tiny, command, tmp_path, monkeypatch, capsys):
     tiny(**network)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:

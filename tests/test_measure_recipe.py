@@ -1,7 +1,8 @@
-"""The rows of the recipe: today's, the lecture's denoiser and its road, a row on tiny networks, the table."""
+"""The recipe's rows: today's, the lecture's denoiser and the road from it, a row on tiny networks, the table."""
 
 import json
 import math
+import subprocess
 
 import measure_recipe
 import numpy as np
@@ -19,13 +20,13 @@ LECTURE = RECIPES["road: the lecture's settings"]
 
 @pytest.fixture
 def tiny(lesson3, monkeypatch):
-    """Both presets small, and float32; settings of a run with the second."""
+    """Both presets tiny, and float32; the settings of a run with `small`."""
     small = lesson3.PRESETS["small"]._replace(widths=(16, 32), groups=4, head_dim=8)
     monkeypatch.setitem(lesson3.PRESETS, "small", small)
     monkeypatch.setitem(lesson3.PRESETS, "lecture", small._replace(patch=1))
     monkeypatch.setattr(tools, "choose_precision", lambda device: None)
     for name in ("schedule", "P_MEAN", "P_STD"):
-        monkeypatch.setattr(lesson3, name, getattr(lesson3, name))  # is as it was when the test is over
+        monkeypatch.setattr(lesson3, name, getattr(lesson3, name))  # restored when the test is over
     return lesson3.RunSettings("CondUNet", "small", 1, 64, 0, "Fashion-MNIST", 40, CLASSES, (28, 28), 0.7)
 
 
@@ -42,7 +43,7 @@ def test_todays_recipe_is_the_scripts_own_and_the_road_leads_to_it(lesson3, less
     assert len({today, *others}) == len(RECIPES) - 2  # the road's last but one is today's without dropped labels
 
 
-def test_the_lecture_has_batch_norm_behind_scale_and_shift_and_no_zero_start(lesson4, tiny):
+def test_the_lecture_has_batch_norm_after_scale_and_shift_and_no_zero_start(lesson4, tiny):
     network = measure_recipe.make_denoiser(LECTURE, tiny, CPU).network
     kinds = {type(module) for module in network.modules()}
     assert nn.BatchNorm2d in kinds
@@ -67,7 +68,7 @@ def test_what_is_left_out_has_no_influence(tiny, redraw):
 
 
 def test_the_lecture_predicts_noise_from_a_mix_of_unit_weights(lesson3):
-    """In images of ±0.5, of which cos(π t / 2) is left, with sin(π t / 2) of noise."""
+    """Images in ±0.5 are multiplied by cos(π t / 2), the noise by sin(π t / 2)."""
     seen = []
     denoiser = measure_recipe.NoiseDenoiser(lambda x, time, label: seen.append((x, time)) or 0.3 * x, 0.7)
     t = torch.tensor([0.001, 0.2, 0.5, 0.9, 0.999])
@@ -127,10 +128,28 @@ def test_averaged_weights_get_batch_statistics_of_their_own(tiny):
     torch.testing.assert_close(denoiser.network.conv_out.norm.running_mean, means)
 
 
-def test_every_result_is_of_a_row_that_is_there():
+def test_every_result_belongs_to_a_row():
     for line in measure_recipe.read_results():
         assert line["row"] in RECIPES and line["loss"] > 0 and "dirty" not in line["commit"]
         assert all(0 <= accuracy <= 1 < 1000 > distance for distance, accuracy in line["unguided"].values())
+
+
+def test_a_new_result_does_not_make_the_commit_dirty(tmp_path):
+    def git(*arguments):
+        who = "-c", "user.name=a", "-c", "user.email=a@b"
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    results, code = tmp_path / "tests" / "results.jsonl", tmp_path / "code.py"
+    results.parent.mkdir()
+    for file in (results, code):
+        file.write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    for file, dirty in ((None, False), (results, False), (code, True)):
+        if file:
+            file.write_text("changed")
+        assert measure_recipe.describe_commit(results).endswith("-dirty") == dirty
 
 
 def test_a_row_is_a_line_and_is_not_measured_twice(tiny, monkeypatch, tmp_path, capsys):
@@ -144,7 +163,7 @@ def test_a_row_is_a_line_and_is_not_measured_twice(tiny, monkeypatch, tmp_path, 
     for asked in (["today's recipe"], ["no time", "--sweep"], ["labels never dropped"], ["no time"]):
         monkeypatch.setattr("sys.argv", ["measure", *asked, *common])
         measure_recipe.main()
-    assert "no time, seed 0: in results.jsonl already" in capsys.readouterr().out
+    assert "no time, seed 0: already in results.jsonl" in capsys.readouterr().out
     lines = measure_recipe.read_results()
     assert [line["row"] for line in lines] == ["today's recipe", "no time", "labels never dropped"]
     today, no_time, undropped = lines

@@ -1,4 +1,4 @@
-"""What measure_speed compares and counts. No test here looks at how long something takes."""
+"""What measure_speed compares and counts. No test here depends on how long anything takes."""
 
 import itertools
 
@@ -11,14 +11,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def tiny(lesson3, monkeypatch):
-    """The presets are small enough for tests."""
+    """Presets small enough for tests."""
     preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
     for name in ("small", "lecture"):
         monkeypatch.setitem(lesson3.PRESETS, name, preset)
 
 
 class FakeClock:
-    """It goes on only when a function works: work(1, 2) is one whose calls take 1, 2, 1, 2, ... seconds."""
+    """A clock that advances only during calls: those of the function work(1, 2) take 1, 2, 1, 2, ... seconds."""
 
     now = 0.0
 
@@ -44,7 +44,7 @@ def test_ratios_are_those_of_the_same_round():
 
 
 def test_competitors_have_the_same_structure_and_lesson_4s_batches(tiny, lesson3, monkeypatch):
-    """As many parameters; and only in attention by hand is there attention by hand. One label in ten is dropped."""
+    """As many parameters; only "by hand" computes attention by hand. One label in ten is dropped."""
     by_hand, attention, counts = [], measure_speed.lesson2.attention, set()
     monkeypatch.setattr(measure_speed.lesson2, "attention", lambda *qkv: by_hand.append(kind) or attention(*qkv))
     for kind in ("ours", "by hand", "diffusers"):
@@ -62,11 +62,11 @@ def test_a_round_makes_the_calls_of_a_task_and_counts_all_of_them(monkeypatch):
     made, task = [], measure_speed.Task("", lambda device, n: lambda: made.append(n), work=0.5)
     monkeypatch.setattr(measure_speed, "interleave", lambda runs, *_: {name: [0.5] for name in runs})
     assert measure_speed.measure([task], CPU, 10, 3, 1, 0) == {"": [10 * 3 * 0.5 / 0.5]}
-    assert made == [10] * 3  # to start up
+    assert made == [10] * 3  # the warm-up
 
 
 def test_the_tables(tiny, monkeypatch, capsys, lesson3, lesson4):
-    """Two steps of sampling stand for all: half of them have guidance."""
+    """Two sampling steps stand for all of them: in both cases half are guided."""
     monkeypatch.setattr(measure_speed.tools, "choose_precision", lambda device: torch.bfloat16)
     measure_speed.main(["--device", "cpu", "--batch-size", "2", "--rounds", "1"])
     out = capsys.readouterr().out
@@ -84,6 +84,6 @@ def test_growth(tiny, lesson4):
     del measure_speed.PRESETS["tiny"]
     parameters, operations, kept, _, batch_size = zip(*costs, strict=True)
     assert parameters[0] == parameters[1]
-    assert 4 < operations[1] / operations[0] < 16  # attention grows with the square of the pixels
+    assert 4 < operations[1] / operations[0] < 16  # attention grows with the square of the number of pixels
     assert kept[1] / kept[0] == pytest.approx(4, rel=0.1)
     assert batch_size == tuple(round(1e7 / each) for each in operations)

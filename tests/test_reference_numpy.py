@@ -26,7 +26,7 @@ NETWORKS = [  # the arguments of a CondUNet and the shape of its input
 
 
 def numbers(*tensors):
-    """For the NumPy side: in float64, whatever the type of the PyTorch side."""
+    """Arrays for the NumPy side: float64, whatever the type on the PyTorch side."""
     return tuple(tensor.detach().double().numpy() for tensor in tensors)
 
 
@@ -149,7 +149,7 @@ def test_flow_matching_is_ddim_in_another_coordinate(lesson3, compare):
 
 
 def test_gradients(lesson4, redraw):
-    """Of the inputs and of every parameter, against differences of the outputs."""
+    """For the inputs and every parameter, against finite differences of the outputs."""
     network = redraw(lesson4.CondUNet(1, (4, 8), 1, 2, [1], 4, 3).double())
     names, parameters = zip(*network.named_parameters(), strict=True)
     x, time, label = normal(2, 1, 4, 6).requires_grad_(), (5 * normal(2)).requires_grad_(), torch.tensor([1, 3])

@@ -1,4 +1,4 @@
-"""04 in two processes that torchrun starts."""
+"""04 in several processes, as torchrun starts them."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(**{QUICK})
 tools.choose_precision = lambda device: None
 sys.argv[0] = lesson4.__file__
 tools.run_command(lesson4.main)
-"""  # 04 in float32 with a quick network, as the other side of the comparison
+"""  # 04 in float32 with a quick network, like the other side of the comparison
 
 
 def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, run, tmp_path, monkeypatch):  # noqa: F811
@@ -48,11 +48,11 @@ def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, ru
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     for said in ("device    2 × cpu", "from step 6", "wrote ", "samples.png"):
-        assert result.stdout.count(said) == (4 if said == "wrote " else 1), result.stdout  # by the first alone
+        assert result.stdout.count(said) == (4 if said == "wrote " else 1), result.stdout  # only the first prints
     assert sorted(path.name for path in many.iterdir()) == sorted(path.name for path in one.iterdir())
     whole, shared = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (one, many))
     torch.testing.assert_close(shared["losses"], whole["losses"], rtol=1e-4, atol=0)
-    assert not torch.equal(shared["losses"][6:], whole["losses"][6:])  # the sums are added in another order
+    assert not torch.equal(shared["losses"][6:], whole["losses"][6:])  # the sums are taken in another order
     np.testing.assert_allclose(np.load(many / "samples.npy"), np.load(one / "samples.npy"), atol=1e-3)
 
 
@@ -89,6 +89,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 @pytest.mark.parametrize("asked", [["--sample-only"], ["--pretrained"], ["--show"]])
 def test_the_first_process_alone_samples(lesson3, lesson4, run, tmp_path, monkeypatch, asked):  # noqa: F811
     monkeypatch.setattr(tools, "RANK", 1)
-    monkeypatch.setattr(sys, "stdout", sys.stdout)  # which the other processes silence
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # other processes silence it; restored afterwards
     assert run(lesson4, *asked, "--out", tmp_path) == ("", "")
     assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ CHANGES["sines"] = variants.sines(10)
 
 @pytest.fixture
 def make(lesson3, lesson4, redraw):
-    """make(change): a small new network, with all weights drawn anew."""
+    """make(change): a small new network, with all weights redrawn."""
 
     def make(change=None, **others):
         preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8, **others)
@@ -98,7 +98,7 @@ def test_pooling_and_transposed_convolution_have_their_sizes(make):
     assert make(variants.transposed_up).upsample[0](torch.randn(2, 16, 3, 3)).shape == (2, 16, 6, 6)
 
 
-def test_along_a_row_no_other_row_is_seen(make):
+def test_attention_along_a_row_sees_no_other_row(make):
     network = make(variants.axial)
     rows, columns = network.middle[0].attention
     x = torch.randn(1, 16, 5, 4, requires_grad=True)
@@ -112,7 +112,7 @@ def test_along_a_row_no_other_row_is_seen(make):
 
 
 def test_positions_are_seen(make):
-    """Attention alone takes no notice of the order of its tokens; with learned positions it does."""
+    """Attention alone is permutation-equivariant: order doesn't matter. With learned positions it does."""
     for change, ordered in ((None, False), (variants.learned_positions, True)):
         attention = make(change).middle[0].attention
         x = torch.randn(1, 16, 7, 7)

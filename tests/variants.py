@@ -1,6 +1,6 @@
-"""Lesson 4's U-Net with one thing changed: the rows of `measure_recipe.py` are made of these.
+"""Single changes to lesson 4's U-Net, from which the rows of `measure_recipe.py` are made.
 
-Each function changes a new network in place, before its training.
+Each function changes a new network in place, before training.
 """
 
 import importlib
@@ -19,7 +19,7 @@ lesson3 = importlib.import_module("03_unet_uncond")
 
 
 def replace(network, kind, make):
-    """Replace every module of that class by make(module)."""
+    """Replace every module of the class `kind` by make(module)."""
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if isinstance(child, kind):
@@ -28,7 +28,7 @@ def replace(network, kind, make):
 
 # %% Residual blocks
 class ShiftFirstConv(lesson3.TimePreActConv):
-    """Scale and shift in front of the norm, as in the lecture."""
+    """Scale and shift before the norm, as in the lecture."""
 
     def forward(self, x, embedding):
         return self.conv(F.silu(self.norm(self.scale_shift(x, embedding))))
@@ -45,7 +45,7 @@ def batch_norm(network):
 
 
 def no_zero_start(network):
-    """The last convolution of each branch starts with random weights, too."""
+    """The last convolution of each branch starts with random weights too."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.reset_parameters()
@@ -53,7 +53,7 @@ def no_zero_start(network):
 
 # %% Time
 class Time(nn.Module):
-    """Features of the time `(n, columns)`, and the two linear layers of lesson 1's `TimeEmbedding` after them."""
+    """Features of the time, `(n, columns)`, then the two linear layers of lesson 1's `TimeEmbedding`."""
 
     def __init__(self, features, columns, dim):
         super().__init__()
@@ -69,12 +69,12 @@ def use_time(network, features, columns):
 
 
 def to_unit(time):
-    """The times of this U-Net, -1151 to 1096, moved to 0 … 1."""
+    """The times of our U-Net, -1151 to 1096, rescaled to 0 … 1."""
     return (time + 1151.3) / 2246.8
 
 
 def sines(max_period=10_000, scale=lambda time: time):
-    """A change of the network: other sines and cosines, of scale(time)."""
+    """A change to the network: sines and cosines of scale(time), with this max_period."""
 
     def change(network):
         columns = network.widths[0]
@@ -100,7 +100,7 @@ def ln_sigma_alone(network):
 
 # %% Skips
 class OtherSkip(nn.Module):
-    """A block of the up path. It gets h and the skip concatenated, and adds them, or ignores the skip."""
+    """A block of the up path. It gets h and the skip concatenated, and adds the skip or ignores it."""
 
     def __init__(self, block, width, add):
         super().__init__()
@@ -163,7 +163,7 @@ def no_attention(network):
 
 
 class LineAttention(lesson2.AttentionBlock):
-    """A pixel attends to those of its row only, or of its column."""
+    """A pixel attends only to the pixels of its row, or only to those of its column."""
 
     def __init__(self, block, lines):
         channels, attention = block.norm.num_channels, block.attention
