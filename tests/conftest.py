@@ -27,7 +27,7 @@ def seeded():
 
 @pytest.fixture
 def redraw():
-    """Redraw every weight, bias and norm parameter at random: zero-initialised branches hide bugs."""
+    """Redraw every weight, bias and norm parameter at random: zero-initialised branches would hide bugs."""
 
     def redraw(module):
         with torch.no_grad():

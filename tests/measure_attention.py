@@ -8,7 +8,7 @@ far, and the bars are sixteen apart. A group norm would be another way across, a
 each pixel is normalised by itself. We train the network with and without attention in its middle, on the same images in
 the same order, and count the samples whose bars match.
 
-What attention is worth on Fashion-MNIST is measured by `measure_recipe.py`, in the row "no attention".
+For what attention is worth on Fashion-MNIST, see the row "no attention" of `measure_recipe.py`.
 """
 
 import copy

@@ -3,14 +3,14 @@
     python tests/measure_recipe.py ROW [--seed S] [--images N | --minutes M] [--sweep]
     python tests/measure_recipe.py          the rows in `results.jsonl`, as Markdown tables
 
-Each row is today's recipe with one thing changed. All rows train on equally many images, or for equally many minutes,
-and draw equally many samples from the same noise, with guidance and without; the classifiers measure these. A finished
-row is a line of `results.jsonl`; one that is already there, from the same kind of machine, is not measured again.
+Each row is today's recipe with one thing changed. Every row trains on the same number of images, or for the same time,
+and draws the same number of samples from the same noise, with guidance and without, for the classifiers to measure. A
+finished row is a line of `results.jsonl`; one that is there, from the same kind of machine, is not measured again.
 
 The rows named "road" lead from the lecture's conditional model (notebook 28) to today's recipe, each with all the
 changes before it. The first rebuilds the lecture's model from our classes: 28 × 28 pixels padded to 32 × 32 in ±0.5,
 widths 32 to 256, batch norm after scale and shift, time from 0 to 1, noise prediction on a cosine schedule, Adam with a
-learning rate that goes up to 0.01 and down again in one cycle, batches of 512, 100 steps of DDIM. It differs in this:
+learning rate that goes up to 0.01 and down again in one cycle, batches of 512, 100 steps of DDIM. Four things differ:
 the middle has two blocks, the time embedding no batch norm, Adam's momentum is constant, and gradients are clipped.
 """
 
@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
     fast: bool = True  # bfloat16 if the device is fast with it, channels last
     noise_prediction: bool = False  # on the lecture's cosine schedule, without EDM's preconditioning and weights
     levels: tuple[float, float] = (lesson3.P_MEAN, lesson3.P_STD)  # mean and deviation of ln(sigma) in training
-    averaged: bool = True  # sample from the averaged weights, not the last
+    averaged: bool = True  # sample with the averaged weights, not the last ones
     drop_labels: bool = True  # one in ten in training
     ddim: bool = False  # the lecture's 100 steps
     attention_levels: tuple[int, ...] | None = None  # instead of the preset's, with heads of 16 channels

@@ -120,7 +120,7 @@ def test_a_number_for_sigma_applies_to_all_images(lesson3, time_unet):
 
 def test_samplers_evaluate_the_network_as_often_as_promised(lesson3):
     noise, sigmas = torch.zeros(1, 1, 2, 2), lesson3.noise_levels(9)
-    for method, expected in (("ddim", 9), ("dpm++", 9), ("heun", 17)):  # Heun's step to zero evaluates only once
+    for method, expected in (("ddim", 9), ("dpm++", 9), ("heun", 17)):  # Heun's step to zero evaluates the network once
         denoise = mock.Mock(return_value=noise)
         list(lesson3.sample(denoise, noise, sigmas, method))
         assert len(denoise.call_args_list) == expected

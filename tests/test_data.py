@@ -115,7 +115,7 @@ def test_files_under_nearly_the_right_names(digits, new, dot):
         assert found.images.shape == (n, 12, 8) and found.name == "digits"
 
 
-def test_a_message_gives_the_right_names_of_files(tmp_path):
+def test_the_message_about_wrong_file_names_gives_the_right_ones(tmp_path):
     (tmp_path / "emnist-letters-train-images-idx3-ubyte.gz").write_bytes(b"")
     with pytest.raises(data.DataError, match=r"or train-images-idx3-ubyte, .*; it contains emnist-letters-train-im"):
         data.load("auto", "train", tmp_path)

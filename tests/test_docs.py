@@ -99,3 +99,12 @@ def test_the_answer_about_added_skips(tmp_path, monkeypatch):
         lesson = importlib.import_module(name)
         counts.append(f"{lesson.count_parameters(lesson.UNet(1, (32, 64, 128, 256), depth=2, groups=2)):,}")
     assert "{} of {} parameters remain.".format(*counts) in EXERCISES
+
+
+def test_the_code_that_readme_shows_is_the_scripts():
+    """Function by function, but for docstrings and comments."""
+    (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    code = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
+    code = re.sub(r'^ *""".*?"""\n|  # [^\n]*', "", code, flags=re.DOTALL | re.MULTILINE)
+    for function in shown.strip().split("\n\n"):
+        assert f"\n{function}\n\n\n" in code, function
