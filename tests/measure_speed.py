@@ -1,6 +1,7 @@
 """How fast are training and sampling, and how does the cost grow? Run by hand.
 
     python tests/measure_speed.py [--device D]            images/s, against diffusers and attention by hand
+    python tests/measure_speed.py --questions             training, for the variants of the lecture's open questions
     python tests/measure_speed.py --growth [--device D]   the cost of larger images, wider networks, more attention
 
 Three networks of the same structure, driven by lesson 3's `train` and `sample`: ours, ours with lesson 2's `attention`
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 from export_diffusers import make_unet
-from measure_recipe import describe_processor
+from measure_recipe import QUESTIONS, RECIPES, Recipe, describe_processor, make_denoiser
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -55,6 +56,7 @@ class Competitor(NamedTuple):
     preset: str
     precision: torch.dtype | None = None  # None is float32
     size: int = 28  # of the images
+    recipe: Recipe | None = None  # a row of `measure_recipe.py`, instead of these
 
     @property
     def name(self):
@@ -64,6 +66,8 @@ class Competitor(NamedTuple):
         preset, classes = PRESETS[self.preset], tuple("0123456789")
         known = ("CondUNet", self.preset, 1, 64, 0, "noise", 256, classes, (self.size, self.size), 0.7)
         settings = lesson3.RunSettings(*known)
+        if self.recipe:
+            return make_denoiser(self.recipe, settings, device)
         if self.kind == "diffusers":
             return lesson3.Denoiser(Diffusers(make_unet(settings)), 0.7, preset.patch, self.precision).to(device)
         network = lesson4.make_network(preset, len(classes))
@@ -168,6 +172,13 @@ def training_tasks(preset, precisions):
     return [*tasks, Task(f"{ours[-1].name}, Muon", muon)]
 
 
+def row_tasks():
+    """Today's recipe first, then the lecture's open questions."""
+    for name in ("today's recipe", *QUESTIONS):
+        competitor = Competitor("ours", "small", recipe=RECIPES[name])
+        yield Task(name, functools.partial(start_training, competitor, use=lesson3.use_muon))
+
+
 def sampling_tasks(precisions, measured=2):
     """The lecture's way first. Only two steps are measured, one of them guided: lesson 4 guides half of its own."""
 
@@ -215,6 +226,7 @@ def measure_cost(name, preset, size, device, precision, budget=2e10):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--questions", action="store_true", help="measure the open questions' variants instead")
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows instead")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     count = tools.number(int, 1, 10**6)
@@ -232,13 +244,14 @@ def main(arguments=None):
             print(f"   {name:43}{parameters:10,}{operations / 1e6:14,.0f} M{kept / 1e6:17.1f} MB", end="")
             print(f"{rate:11.1f}{batch_size:16}", flush=True)
         return
-    calls, drawn, seconds = (20, 200, 5) if device.type == "cuda" else (1, 16, 0)
-    for preset in ("small", "lecture"):
-        tasks = training_tasks(preset, precisions)
-        rates = measure(tasks, device, options.batch_size, calls, options.rounds, seconds)
-        print_table(f"Training, batches of {options.batch_size}: preset {preset}", rates)
-    rates = measure(sampling_tasks(precisions), device, drawn, 1, options.rounds, seconds)
-    print_table(f"Sampling, {drawn} images", rates)
+    n, (calls, drawn, seconds) = options.batch_size, (20, 200, 5) if device.type == "cuda" else (1, 16, 0)
+    tables = [(f"Training, preset {name}", training_tasks(name, precisions), n, calls) for name in ("small", "lecture")]
+    tables.append(("Sampling", sampling_tasks(precisions), drawn, 1))
+    if options.questions:
+        tables = [("Training, the lecture's open questions", list(row_tasks()), n, calls)]
+    for title, tasks, batch_size, calls in tables:
+        rates = measure(tasks, device, batch_size, calls, options.rounds, seconds)
+        print_table(f"{title}, batches of {batch_size}", rates)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def tiny(lesson3, monkeypatch):
     """Presets small enough for tests."""
-    preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
+    preset = lesson3.PRESETS["small"]._replace(widths=(16, 32), groups=4, head_dim=8)
     for name in ("small", "lecture"):
         monkeypatch.setitem(lesson3.PRESETS, name, preset)
 
@@ -73,6 +73,9 @@ def test_the_tables(tiny, monkeypatch, capsys, lesson3, lesson4):
     rows = [line for line in out.splitlines() if " to " in line]
     assert len(rows) == 6 + 6 + 5 and out.count("1.00 (1.00 to 1.00)") >= 3
     assert [row.split(",")[0].strip() for row in rows[:6]] == ["diffusers"] * 2 + ["by hand"] + ["ours"] * 3
+    measure_speed.main(["--questions", "--device", "cpu", "--batch-size", "2", "--rounds", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if " to " in line]
+    assert [row[3:44].strip() for row in rows] == ["today's recipe", *measure_speed.QUESTIONS]
     for steps in (2, lesson3.STEPS):
         guided = [sigma <= lesson4.GUIDED_BELOW for sigma in lesson3.noise_levels(steps)[:-1]]
         assert 2 * sum(guided) == steps
@@ -80,10 +83,10 @@ def test_the_tables(tiny, monkeypatch, capsys, lesson3, lesson4):
 
 def test_growth(tiny, lesson4):
     preset = measure_speed.PRESETS["small"]
-    costs = [measure_speed.measure_cost("tiny", preset, size, CPU, None, 1e7) for size in (28, 56)]
+    costs = [measure_speed.measure_cost("tiny", preset, size, CPU, None, 4e7) for size in (28, 56)]
     del measure_speed.PRESETS["tiny"]
     parameters, operations, kept, _, batch_size = zip(*costs, strict=True)
     assert parameters[0] == parameters[1]
     assert 4 < operations[1] / operations[0] < 16  # attention grows with the square of the number of pixels
     assert kept[1] / kept[0] == pytest.approx(4, rel=0.1)
-    assert batch_size == tuple(round(1e7 / each) for each in operations)
+    assert batch_size == tuple(round(4e7 / each) for each in operations)
