@@ -344,11 +344,11 @@ def show_look():
         even = 1 - 25 / looks[0, 0, 0].numel()
         y, place = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
         tools.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
-        for axis, look in zip(row[1:], looks[:, y, place], strict=False):
+        for head, (axis, look) in enumerate(zip(row[1:], looks[:, y, place], strict=False), 1):
             far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()  # over two positions away
-            tools.plot_image(axis, look, f"{far:.0%} far away", cmap="gray_r", vmin=0)
+            tools.plot_image(axis, look, f"head {head}: {far:.0%} far", cmap="gray_r", vmin=0)
             axis.plot(place, y, "s", color="tab:orange", markerfacecolor="none")
-    said = f"(far away: over two positions; even weights would give {even:.0%}; {settings.data})"
+    said = f"(far: over two positions away; even weights would give {even:.0%}; {settings.data})"
     figure.suptitle(f"Different heads look at different positions\n{said}")
     return figure
 

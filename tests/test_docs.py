@@ -106,5 +106,5 @@ def test_the_code_that_readme_shows_is_the_scripts():
     (shown,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     code = "\n".join(path.read_text(encoding="utf-8") for path in SCRIPTS)
     code = re.sub(r'^ *""".*?"""\n|  # [^\n]*', "", code, flags=re.DOTALL | re.MULTILINE)
-    for function in shown.strip().split("\n\n"):
+    for function in shown.strip().split("\n\n\n"):
         assert f"\n{function}\n\n\n" in code, function
