@@ -10,8 +10,9 @@ finished row is a line of `results.jsonl`; one that is there, from the same kind
 The rows named "road" lead from the lecture's conditional model (notebook 28) to today's recipe, each with all the
 changes before it. The first rebuilds the lecture's model from our classes: 28 × 28 pixels padded to 32 × 32 in ±0.5,
 widths 32 to 256, batch norm after scale and shift, time from 0 to 1, noise prediction on a cosine schedule, Adam with a
-learning rate that goes up to 0.01 and down again in one cycle, batches of 512, 100 steps of DDIM. Four things differ:
-the middle has two blocks, the time embedding no batch norm, Adam's momentum is constant, and gradients are clipped.
+learning rate that goes up to 0.01 and down again in one cycle, batches of 512, 100 sampling steps with new noise. Four
+things differ: the middle has two blocks, the time embedding no batch norm, Adam's momentum is constant, and gradients
+are clipped. (60,000 images in batches of 512 are 117 steps; the lecture trained for 25 epochs, about 2,900 steps.)
 """
 
 import argparse
@@ -20,13 +21,12 @@ import importlib
 import json
 import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,26 +55,28 @@ class Recipe(NamedTuple):
     optimizer: str = "muon"  # or "adamw"; "one cycle" is the lecture's Adam
     max_lr: float = 7e-4  # AdamW's highest; Muon's is ten times that
     fast: bool = True  # bfloat16 if the device is fast with it, channels last
-    noise_prediction: bool = False  # on the lecture's cosine schedule, without EDM's preconditioning and weights
+    noise_prediction: bool = (
+        False  # with times from 0 to 1, on the lecture's cosine schedule, without EDM's preconditioning and weights
+    )
     levels: tuple[float, float] = (lesson3.P_MEAN, lesson3.P_STD)  # mean and deviation of ln(sigma) in training
     averaged: bool = True  # sample with the averaged weights, not the last ones
     drop_labels: bool = True  # one in ten in training
-    ddim: bool = False  # the lecture's 100 steps
+    ddpm: bool = False  # the lecture's 100 steps
     attention_levels: tuple[int, ...] | None = None  # instead of the preset's, with heads of 16 channels
     changes: tuple[Callable, ...] = ()  # to the network, from `variants`
 
 
 LECTURE = {"preset": "lecture", "batch_size": 512, "optimizer": "one cycle", "max_lr": 0.01, "fast": False}
-LECTURE |= {"noise_prediction": True, "levels": (-1.2, 1.2), "averaged": False, "drop_labels": False, "ddim": True}
+LECTURE |= {"noise_prediction": True, "levels": (-1.2, 1.2), "averaged": False, "drop_labels": False, "ddpm": True}
 LECTURE["changes"] = variants.no_zero_start, variants.batch_norm, variants.shift_first, variants.no_attention
 ROAD = {  # each with all the changes above it
     "road: the lecture's settings": LECTURE,
     "road: batches of 128": {"batch_size": 128, "max_lr": 0.005},
     "road: a small network, on patches": {"preset": "small"},
     "road: bfloat16, channels last": {"fast": True},
-    "road: EDM, 14 steps of DPM-Solver++": {"noise_prediction": False, "ddim": False},
+    "road: EDM, 14 steps of DPM-Solver++": {"noise_prediction": False, "ddpm": False},
     "road: noise levels closer to the middle": {"levels": (-1.0, 1.0)},
-    "road: group norm, scale and shift after it": {"changes": (variants.no_attention,)},
+    "road: group norm before scale and shift, zero start": {"changes": (variants.no_attention,)},
     "road: Muon and an average, batches of 32": {
         "optimizer": "muon",
         "max_lr": 7e-4,
@@ -86,11 +88,11 @@ ROAD = {  # each with all the changes above it
 }
 CHANGES = {
     "today's recipe": {},
-    "AdamW, 0.0005": {"optimizer": "adamw", "max_lr": 5e-4},
     "AdamW, 0.001": {"optimizer": "adamw", "max_lr": 1e-3},
     "AdamW, 0.002": {"optimizer": "adamw", "max_lr": 2e-3},
+    "AdamW, 0.004": {"optimizer": "adamw", "max_lr": 4e-3},
     "labels never dropped": {"drop_labels": False},
-    "noise prediction, cosine schedule": {"noise_prediction": True},
+    "the lecture's denoiser": {"noise_prediction": True},
     "EDM's noise levels": {"levels": (-1.2, 1.2)},
     "batch norm": {"changes": (variants.batch_norm,)},
     "scale and shift in front of the norm": {"changes": (variants.shift_first,)},
@@ -102,21 +104,25 @@ CHANGES = {
     "the lecture's network": {"preset": "lecture"},
     "float32": {"fast": False},
 }
-QUESTIONS = {  # that the lecture leaves open
+QUESTIONS = {  # that the lecture leaves open; times are -1151 to 1096, where nothing else is said
     **{f"max_period {period}": {"changes": (variants.sines(period),)} for period in (10, 100, 1000)},
-    "times from 0 to 1": {"changes": (variants.sines(scale=variants.to_unit),)},
+    "times -4.6 to 4.4, max_period 10": {"changes": (variants.sines(10, variants.to_ln_sigma),)},
+    "times -4.6 to 4.4": {"changes": (variants.sines(10_000, variants.to_ln_sigma),)},
+    "times 0 to 1, max_period 10": {"changes": (variants.sines(10, variants.to_unit),)},
+    "times 0 to 1": {"changes": (variants.sines(10_000, variants.to_unit),)},
     "a learned table of times": {"changes": (variants.learned_table,)},
     "ln(sigma) alone": {"changes": (variants.ln_sigma_alone,)},
     "skips added": {"changes": (variants.skips_added,)},
     "skips cut": {"changes": (variants.skips_cut,)},
     "down: average pooling, convolution": {"changes": (variants.pool_down,)},
+    "down: average pooling": {"changes": (variants.pool_alone,)},
     "down: every second pixel": {"changes": (variants.every_second_pixel,)},
     "up: transposed convolution": {"changes": (variants.transposed_up,)},
-    "heads of 16: attention nowhere": {"attention_levels": (), "changes": (variants.no_attention,)},
     "heads of 16: in the middle": {"attention_levels": ()},
     "heads of 16: and on the lower level": {"attention_levels": (1,)},
     "heads of 16: and on both levels": {"attention_levels": (0, 1)},
     "axial attention": {"changes": (variants.axial,)},
+    "two attention layers in a row": {"changes": (variants.two_layers,)},
     "learned positions": {"changes": (variants.learned_positions,)},
 }
 CHANGES |= QUESTIONS
@@ -215,23 +221,38 @@ def measure_batch_norm(denoiser, batches, n=100):
         denoiser(x0 + sigma.view(-1, 1, 1, 1) * noise, sigma, label)
 
 
+@torch.no_grad()
+def sample_ddpm(denoise, noise, sigmas):
+    """The lecture's way from noise to images: each step mixes x and the clamped x0_hat, and adds new noise (DDIM with
+    eta = 1, which is DDPM's step). Its images are half as large as ours, so its clamp to ±1 is ±2 here."""
+    x = sigmas[0] * noise
+    for sigma, sigma_next in pairwise(sigmas):
+        x0_hat, kept = denoise(x, sigma).clamp(-2, 2), (sigma_next / sigma) ** 2
+        x = x0_hat + kept * (x - x0_hat) + sigma_next * (1 - kept) ** 0.5 * torch.randn_like(x)
+    return x
+
+
 def sample(recipe, settings, denoiser, n, guidance, below=lesson4.GUIDED_BELOW):
     """n images, `(n, 1, h, w)`, the classes in turn."""
-    times, images, n_classes = torch.linspace(0.99, 0, 100), [], len(settings.classes)
-    sigmas, method = (sigma_of(times).tolist(), "ddim") if recipe.ddim else (lesson3.noise_levels(), "dpm++")
+    images, n_classes = [], len(settings.classes)
+    torch.manual_seed(0)
     for numbers in torch.arange(n).split(200):
         label = (numbers % n_classes).to(denoiser.device)
         noise_ids = [(0, i % n_classes, i // n_classes) for i in numbers.tolist()]
         denoise = lesson4.guide(denoiser, label, guidance, below)
         noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
-        *_, (_, x, _) = lesson3.sample(denoise, noise, sigmas, method)
+        if recipe.ddpm:
+            x = sample_ddpm(denoise, noise, sigma_of(torch.linspace(0.99, 0, 100)).tolist())
+        else:
+            *_, (_, x, _) = lesson3.sample(denoise, noise, lesson3.noise_levels())
         images.append(lesson3.crop(x, settings.size).clamp(-1, 1).cpu())
     return torch.cat(images)
 
 
 @torch.no_grad()
-def measure_loss(denoiser, sigma_data, images, labels):
-    """Lesson 3's loss, with its noise levels and weights, for any denoiser, on uint8 images `(n, 1, h, w)`."""
+def measure_loss(denoiser, sigma_data, images, labels, size):
+    """Lesson 3's loss, with its noise levels and weights, for any denoiser, on uint8 images `(n, 1, h, w)` without the
+    border around `size`."""
     generator = torch.Generator().manual_seed(0)
     mean, deviation = Recipe().levels
     sigma = (mean + deviation * torch.randn(len(images), generator=generator)).exp()
@@ -240,14 +261,15 @@ def measure_loss(denoiser, sigma_data, images, labels):
         level, clean, label = (part[chosen].to(denoiser.device) for part in (sigma, x0, labels))
         c_out = lesson3.Denoiser(None, sigma_data).scales(level)[1].view(-1, 1, 1, 1)
         x = clean + level.view(-1, 1, 1, 1) * noise[chosen].to(denoiser.device)
-        losses.append(((denoiser(x, level, label) - clean) / c_out).square().mean(dim=(1, 2, 3)))
+        error = lesson3.crop((denoiser(x, level, label) - clean) / c_out, size)
+        losses.append(error.square().mean(dim=(1, 2, 3)))
     return float(torch.cat(losses).mean())
 
 
 # %% A row
-def describe_machine(device, recipe):
+def describe_machine(device):
     """What the figures depend on: device, precision, threads, and the project's commit."""
-    precision = "bfloat16" if recipe.fast and tools.choose_precision(device) else "float32"
+    precision = "bfloat16" if tools.choose_precision(device) else "float32"  # of all rows that don't say otherwise
     known = {"processor": describe_processor(device), "precision": precision}
     return known | {"threads": torch.get_num_threads(), "commit": describe_commit(RESULTS)}
 
@@ -292,11 +314,9 @@ def measure_row(options):
 
     dataset = images.to(device), torch.from_numpy(train_set.labels).to(device)
     denoiser, seen = train(recipe, settings, dataset, share_done)
-    line = {"seen": seen, "images/s": round(seen / (time.monotonic() - began), 1)}
-    line["parameters"] = sum(parameter.numel() for parameter in denoiser.parameters())
-    line["megabytes"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)  # the process's peak
-    labels = torch.from_numpy(test_set.labels)
-    line["loss"] = round(measure_loss(denoiser, sigma_data, unseen[:2000], labels[:2000]), 4)
+    line, labels = {"seen": seen, "parameters": lesson3.count_parameters(denoiser)}, torch.from_numpy(test_set.labels)
+    weighting = float(torch.from_numpy(train_set.images).float().std() / 127.5)  # the same whatever the padding
+    line["loss"] = round(measure_loss(denoiser, weighting, unseen[:2000], labels[:2000], size), 4)
     panel, wanted = Panel(test_set, device), torch.arange(options.n) % len(train_set.classes)
     ways = {"guided": (lesson4.GUIDANCE,), "unguided": (0,)} if recipe.drop_labels else {"unguided": (0,)}
     if options.sweep:
@@ -324,8 +344,8 @@ def print_table(lines):
     today's recipe with the same seeds. Brackets hold the smallest and the largest value."""
     ways = "guided", "unguided"
     said = " | ".join(f"{way}: distance | × today's | accuracy" for way in ways)
-    print(f"| | seeds | loss | {said} | images/s | parameters |")
-    print("|---|---|---|" + "---|---|---|" * len(ways) + "---|---|")
+    print(f"| | seeds | loss | {said} | parameters |")
+    print("|---|---|---|" + "---|---|---|" * len(ways) + "---|")
     today = {line["seed"]: line for line in lines if line["row"] == "today's recipe"}
     for name in RECIPES:
         rows = [line for line in lines if line["row"] == name]
@@ -338,8 +358,7 @@ def print_table(lines):
             ratios = [one[way]["residual"][0] / other[way]["residual"][0] for one, other in pairs]
             cells += [spread([line[way]["residual"][0] for line in there], "{:.3g}"), spread(ratios, "{:.2f}")]
             cells += [spread([100 * line[way]["residual"][1] for line in there], "{:.1f} %")]
-        cells += [spread([line["images/s"] for line in rows], "{:.0f}"), f"{rows[0]['parameters']:,}"]
-        print(f"| {' | '.join(cells)} |")
+        print(f"| {' | '.join(cells)} | {rows[0]['parameters']:,} |")
 
 
 def spread(values, form):
@@ -376,7 +395,7 @@ def main():
         return
     if options.row not in RECIPES:
         raise tools.UserError(f"{options.row!r}: must be one of {', '.join(RECIPES)}")
-    machine = describe_machine(tools.choose_device(options.device), RECIPES[options.row])
+    machine = describe_machine(tools.choose_device(options.device))
     asked = {"row": options.row, "seed": options.seed, "images": options.images, "minutes": options.minutes}
     asked |= {"n": options.n} | machine
     if any((line["row"], line["seed"], kind(line)) == (options.row, options.seed, kind(asked)) for line in results):

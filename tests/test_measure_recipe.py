@@ -99,14 +99,14 @@ def test_each_row_is_trained_until_its_budget_is_spent(lesson3, tiny, name):
     assert seen == 16 and not denoiser.training
     new = measure_recipe.make_denoiser(recipe, tiny, CPU)
     assert any(not torch.equal(*pair) for pair in zip(denoiser.parameters(), new.parameters(), strict=True))
-    samples = measure_recipe.sample(recipe._replace(ddim=False), tiny, denoiser, 12, 1.4)
+    samples = measure_recipe.sample(recipe._replace(ddpm=False), tiny, denoiser, 12, 1.4)
     assert samples.shape == (12, 1, 28, 28) and samples.isfinite().all()
 
 
 def test_the_loss_is_that_of_the_training(lesson3, tiny, redraw):
     denoiser = redraw(measure_recipe.make_denoiser(RECIPES["today's recipe"], tiny, CPU))
     images, labels = torch.randint(256, (300, 1, 28, 28), dtype=torch.uint8), torch.arange(300) % 10
-    losses = [measure_recipe.measure_loss(denoiser, 0.7, images, labels) for _ in range(2)]
+    losses = [measure_recipe.measure_loss(denoiser, 0.7, images, labels, (28, 28)) for _ in range(2)]
     assert losses[0] == losses[1]
     generator = torch.Generator().manual_seed(0)
     sigma = (lesson3.P_MEAN + lesson3.P_STD * torch.randn(300, generator=generator)).exp()
@@ -132,6 +132,36 @@ def test_every_result_belongs_to_a_row():
     for line in measure_recipe.read_results():
         assert line["row"] in RECIPES and line["loss"] > 0 and "dirty" not in line["commit"]
         assert all(0 <= accuracy <= 1 < 1000 > distance for distance, accuracy in line["unguided"].values())
+
+
+def test_the_border_does_not_count_in_the_loss():
+    """Else a padded network would have much that is easy."""
+    images, labels = torch.randint(256, (10, 1, 12, 12), dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
+
+    def denoiser(x, sigma, label):
+        return torch.zeros_like(x)
+
+    denoiser.device, losses = CPU, []
+    for border in (0, 99, 255):
+        padded = nn.functional.pad(images, [2] * 4, value=border)
+        losses.append(measure_recipe.measure_loss(denoiser, 0.7, padded, labels, (12, 12)))
+    assert losses[0] == losses[1] == losses[2] > 0
+
+
+def test_the_lectures_steps_are_those_of_ddpm(lesson3):
+    """Against the posterior of Ho et al. 2020, equation 7, in its own coordinates: mean and variance of the next x."""
+    sigma, sigma_next = 2.0, 0.7
+    bar, bar_next = (1 / (1 + level**2) for level in (sigma, sigma_next))
+    alpha, x0 = bar / bar_next, 0.3
+    x = torch.full((200_000,), 1.9)
+    mean = bar_next**0.5 * (1 - alpha) / (1 - bar) * x0 + alpha**0.5 * (1 - bar_next) / (1 - bar) * (bar**0.5 * 1.9)
+    variance = (1 - bar_next) / (1 - bar) * (1 - alpha)
+    found = bar_next**0.5 * measure_recipe.sample_ddpm(
+        lambda *_: torch.full_like(x, x0), x / sigma, [sigma, sigma_next]
+    )
+    assert found.mean() == pytest.approx(mean, abs=0.01) and found.var() == pytest.approx(variance, rel=0.02)
+    far = measure_recipe.sample_ddpm(lambda *_: torch.full_like(x, 9.0), x, [sigma, 0.0])
+    assert torch.equal(far, torch.full_like(x, 2.0))  # clamped, and no noise is left
 
 
 def test_a_new_result_does_not_make_the_commit_dirty(tmp_path):

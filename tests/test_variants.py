@@ -8,7 +8,7 @@ import variants
 from torch import nn
 
 CHANGES = {name: change for name, change in vars(variants).items() if callable(change) and name.islower()}
-HELPERS = {"rearrange", "replace", "use_time", "to_unit", "sines", "change_skips"}
+HELPERS = {"rearrange", "replace", "to_ln_sigma", "to_unit", "sines", "change_skips"}
 CHANGES = {name: change for name, change in CHANGES.items() if name not in HELPERS}
 CHANGES["sines"] = variants.sines(10)
 
@@ -37,8 +37,7 @@ def test_each_change_makes_another_network_that_learns(make, name):
     y = network(*inputs())
     assert y.shape == (3, 4, 14, 14) and y.isfinite().all()
     y.square().mean().backward()
-    missing = [name for name, parameter in network.named_parameters() if parameter.grad is None]
-    assert all(name.startswith("embed_time.features") or "downsample" in name for name in missing), missing
+    assert all(parameter.grad is not None for parameter in network.parameters())
     shapes, others = ({k: v.shape for k, v in each.state_dict().items()} for each in (network, plain))
     if shapes == others and name != "no_zero_start":  # then what differs is the computation
         plain.load_state_dict(network.state_dict())
@@ -120,13 +119,34 @@ def test_positions_are_seen(make):
         assert torch.allclose(attention(turned).flip(2, 3), attention(x), atol=1e-5) != ordered
 
 
-def test_times_from_0_to_1_and_their_bins(make, lesson3):
-    ends = torch.tensor([lesson3.SIGMA_MIN, lesson3.SIGMA_MAX])
-    unit = variants.to_unit(lesson3.Denoiser(None, 0.7).c_noise(ends))
-    torch.testing.assert_close(unit, torch.tensor([0.0, 1.0]), atol=1e-3, rtol=0)
+def test_times_in_other_units_and_their_bins(make, lesson3):
+    sigma = torch.tensor([lesson3.SIGMA_MIN, 1.0, lesson3.SIGMA_MAX])
+    times = lesson3.Denoiser(None, 0.7).c_noise(sigma)
+    torch.testing.assert_close(variants.to_ln_sigma(times), sigma.log())
+    torch.testing.assert_close(variants.to_unit(times)[[0, 2]], torch.tensor([0.0, 1.0]), atol=1e-3, rtol=0)
     table = make(variants.learned_table).embed_time.features
-    times = torch.tensor([-1151.0, 1095.0, -1151 + 20.0, 5000.0, -5000.0])
-    torch.testing.assert_close(table(times), table.weight[[0, 99, 0, 99, 0]])
+    times = lesson3.Denoiser(None, 0.7).c_noise(torch.tensor([-3.49, -3.46, -3.44, 1.49, 4.0, -4.0]).exp())
+    torch.testing.assert_close(table(times), table.weight[[0, 0, 1, 99, 99, 0]])
+
+
+def test_sines_start_with_the_weights_that_they_would_have(make, lesson3, lesson4):
+    """So the usual sines, put in by a variant, change nothing."""
+    preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
+    times = torch.linspace(-1100, 1000, 5)
+    for change, same in ((variants.sines(), True), (variants.sines(10), False)):
+        network = lesson4.make_network(preset, 10)
+        before = network.embed_time(times)
+        change(network)
+        assert torch.equal(network.embed_time(times), before) == same
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name != "no_zero_start"])
+def test_a_new_network_outputs_zero_and_takes_a_label_or_none(lesson3, lesson4, name):
+    network = lesson4.make_network(lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8), 10)
+    CHANGES[name](network)
+    x, time, label = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not network(x, time, label).any() and not network(x, time, None).any()
 
 
 def test_attention_on_the_levels_asked_for(make, lesson4):

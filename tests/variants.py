@@ -3,6 +3,8 @@
 Each function changes a new network in place, before training.
 """
 
+import copy
+import functools
 import importlib
 import sys
 from pathlib import Path
@@ -53,49 +55,53 @@ def no_zero_start(network):
 
 # %% Time
 class Time(nn.Module):
-    """Features of the time, `(n, columns)`, then the two linear layers of lesson 1's `TimeEmbedding`."""
+    """Features of the time, `(n, columns)`, then the two linear layers of a `TimeEmbedding`."""
 
-    def __init__(self, features, columns, dim):
+    def __init__(self, features, linear1, linear2):
         super().__init__()
-        self.features = features
-        self.layers = nn.Sequential(nn.Linear(columns, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.features, self.layers = features, nn.Sequential(linear1, nn.SiLU(), linear2)
 
     def forward(self, time):
         return self.layers(self.features(time))
-
-
-def use_time(network, features, columns):
-    network.embed_time = Time(features, columns, 4 * network.widths[0])
-
-
-def to_unit(time):
-    """The times of our U-Net, -1151 to 1096, rescaled to 0 … 1."""
-    return (time + 1151.3) / 2246.8
 
 
 def sines(max_period=10_000, scale=lambda time: time):
     """A change to the network: sines and cosines of scale(time), with this max_period."""
 
     def change(network):
-        columns = network.widths[0]
-        use_time(network, lambda time: lesson1.timestep_embedding(scale(time), columns, max_period), columns)
+        old, columns = network.embed_time, network.widths[0]
+        features = functools.partial(lesson1.timestep_embedding, dim=columns, max_period=max_period)
+        network.embed_time = Time(lambda time: features(scale(time)), old.linear1, old.linear2)
 
     return change
 
 
+def to_ln_sigma(time):
+    """The times of our U-Net, -1151 to 1096, as ln(sigma), -4.6 to 4.4."""
+    return 4 * time / lesson3.TIME_SCALE
+
+
+def to_unit(time):
+    """The same, from 0 to 1."""
+    return (time + 1151.3) / 2246.8
+
+
 class Table(nn.Embedding):
-    """A learned vector for each of 100 bins of the time."""
+    """A learned vector for each of 100 bins of ln(sigma), from -3.5 to 1.5: training hardly goes beyond these."""
 
     def forward(self, time):
-        return super().forward((100 * to_unit(time)).long().clamp(0, 99))
+        return super().forward((20 * (to_ln_sigma(time) + 3.5)).long().clamp(0, 99))
 
 
 def learned_table(network):
-    use_time(network, Table(100, network.widths[0]), network.widths[0])
+    old = network.embed_time
+    network.embed_time = Time(Table(100, network.widths[0]), old.linear1, old.linear2)
 
 
 def ln_sigma_alone(network):
-    use_time(network, lambda time: time[:, None] / lesson3.TIME_SCALE, 1)
+    old = network.embed_time
+    linear1 = nn.Linear(1, old.linear1.out_features)
+    network.embed_time = Time(lambda time: to_ln_sigma(time)[:, None], linear1, old.linear2)
 
 
 # %% Skips
@@ -147,6 +153,10 @@ def pool_down(network):
     network.downsample[0] = SavedSequential(nn.AvgPool2d(2), nn.Conv2d(width, width, 3, padding=1))
 
 
+def pool_alone(network):
+    network.downsample[0] = SavedSequential(nn.AvgPool2d(2))
+
+
 def every_second_pixel(network):
     network.downsample[0] = SavedSequential(EverySecond())
 
@@ -183,6 +193,11 @@ def axial(network):
     replace(
         network, lesson2.AttentionBlock, lambda block: nn.Sequential(*(LineAttention(block, each) for each in lines))
     )
+
+
+def two_layers(network):
+    """Two attention layers in a row, as many as in `axial`."""
+    replace(network, lesson2.AttentionBlock, lambda block: nn.Sequential(block, copy.deepcopy(block)))
 
 
 class Positions(nn.Module):
