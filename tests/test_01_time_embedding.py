@@ -64,15 +64,15 @@ def test_types_and_half_precision_that_rounds_only_the_result(request, dtype):
 
 
 @pytest.mark.parametrize(
-    "times, dim, max_period, told",
+    "times, dim, max_period, message",
     [
         *((torch.zeros(shape), 16, 10_000, re.escape(f"{shape}")) for shape in ((), (4, 1), (0, 16))),
         *((torch.zeros(4), dim, 10_000, f"{dim} and") for dim in (1, 0, -2)),
         *((torch.zeros(4), 16, period, f"and {period}$") for period in (0.99, 0, -10, math.inf, math.nan)),
     ],
 )
-def test_bad_arguments_are_named(times, dim, max_period, told):
-    with pytest.raises(ValueError, match=told):
+def test_bad_arguments_are_named(times, dim, max_period, message):
+    with pytest.raises(ValueError, match=message):
         timestep_embedding(times, dim, max_period)
 
 
@@ -98,8 +98,8 @@ def test_time_embedding_and_scale_shift_equal_numpy(redraw, compare, columns, ch
     hidden = linear(reference.timestep_embedding(times.numpy(), columns), first, first_bias)
     embedding = linear(silu(hidden), second, second_bias)
     compare("TimeEmbedding", embed(times), embedding, 1e-12)
-    told = linear(silu(embedding), weight, bias)[:, :, None, None]  # first all scales, then all shifts
-    expected = (1 + told[:, :channels]) * x.numpy() + told[:, channels:]
+    scale_shift = linear(silu(embedding), weight, bias)[:, :, None, None]  # first all scales, then all shifts
+    expected = (1 + scale_shift[:, :channels]) * x.numpy() + scale_shift[:, channels:]
     compare("ScaleShift", layer(x, embed(times)), expected, 1e-12)
 
 
@@ -130,9 +130,9 @@ def test_script_draws_and_prints_what_is_true(tmp_path, monkeypatch, capsys):
     assert pictures == [f"0{i}_{name}.png" for i, name in enumerate(names, 1)]
     t = np.arange(1001)
     for name, rows in (("as one number", t[:, None]), ("as 64 columns", reference.timestep_embedding(t, 64))):
-        told = np.array(re.findall(r"(\d+) is ([\d.]+)", re.search(f"^ *{name}.*$", printed, re.M)[0]), float)
+        values = np.array(re.findall(r"(\d+) is ([\d.]+)", re.search(f"^ *{name}.*$", printed, re.M)[0]), float)
         expected = np.linalg.norm(rows - rows[370], axis=1) / np.linalg.norm(rows[-1] - rows[0])
-        assert len(told) >= 3 and np.abs(told[:, 1] - expected[told[:, 0].astype(int)]).max() < 0.00051
+        assert len(values) >= 3 and np.abs(values[:, 1] - expected[values[:, 0].astype(int)]).max() < 0.00051
     for last, period in ((99, 10), (99, 100), (99, 10_000), (1, 10_000)):
         still = (np.ptp(reference.timestep_embedding(np.linspace(0, last, 100), 16, period), axis=0) < 0.02).sum()
         assert f"t from 0 to {last}, max_period {period}: {still} of 16 columns barely vary" in printed
@@ -156,14 +156,14 @@ def test_import_does_nothing(script, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", [lesson, importlib.import_module("02_attention")])
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message",
     [
         *((["--out", path], "argument --out: must be a folder that can be") for path in ("file", "file/in", "locked")),
         (["--out"], "argument --out: expected one argument"),
         *((line.split(), f"unrecognized arguments: {line}") for line in ("--o folder", "more")),
     ],
 )
-def test_typing_errors_are_named_before_anything_is_drawn(script, arguments, told, tmp_path, monkeypatch, capsys):
+def test_typing_errors_are_named_before_anything_is_drawn(script, arguments, message, tmp_path, monkeypatch, capsys):
     if "locked" in arguments:  # root can write to any folder
         monkeypatch.setattr(tools.tempfile, "TemporaryFile", Mock(side_effect=PermissionError(13, "denied")))
     monkeypatch.chdir(tmp_path)
@@ -173,4 +173,4 @@ def test_typing_errors_are_named_before_anything_is_drawn(script, arguments, tol
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments])
     with pytest.raises(SystemExit) as stopped:
         script.main()
-    assert stopped.value.code == 2 and told in capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]

@@ -295,7 +295,7 @@ OTHERS += [nn.ConvTranspose2d(2, 2, 3, padding=1), nn.Conv1d(2, 2, 3, padding=1)
 
 
 @pytest.mark.parametrize(
-    "make, told",
+    "make, message",
     [
         *((partial(kind, 8, heads), f"got {heads} heads, 8 channels") for kind in KINDS for heads in (3, 16, 0, -2)),
         *((partial(kind, 8, groups=groups), "num_channels") for kind in GROUPED for groups in (3, 16)),
@@ -303,8 +303,8 @@ OTHERS += [nn.ConvTranspose2d(2, 2, 3, padding=1), nn.Conv1d(2, 2, 3, padding=1)
         *((partial(lesson.attention_from_convolution, other), r"'kernel_size': \(3, 3\).*, got") for other in OTHERS),
     ],
 )
-def test_what_does_not_fit_is_refused(make, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

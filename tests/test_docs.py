@@ -44,9 +44,9 @@ def test_scripts_options_and_tests_exist(page):
     code = "".join(path.read_text(encoding="utf-8") for path in scripts)
     options = {"--help", *re.findall(r'(?:add|add_argument)\("(--[\w-]+)"', code)}
     for command in re.findall(r"(?:python|torchrun|uv run) [^`\n]*\.py[^`\n#&]*", text):
-        *_, (script, told) = re.findall(r"(\S+\.py)\b([^#]*)", command)
+        *_, (script, arguments) = re.findall(r"(\S+\.py)\b([^#]*)", command)
         assert (ROOT / script).is_file(), command
-        assert set(re.findall(r"--[a-z][\w-]+", told)) <= options, command
+        assert set(re.findall(r"--[a-z][\w-]+", arguments)) <= options, command
 
 
 def test_each_section_has_its_place_among_the_pictures():
@@ -71,13 +71,13 @@ EXERCISES = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
 
 def test_the_answer_about_max_period():
     lesson1 = importlib.import_module("01_time_embedding")
-    t, told = torch.linspace(0, 2247, 100), []
+    t, fits = torch.linspace(0, 2247, 100), []
     for max_period in (10, 100, 1000, 10_000):
         matrix = lesson1.timestep_embedding(t, 16, max_period)
         assert (matrix.amax(dim=0) - matrix.amin(dim=0)).min() > 0.02
-        told.append(f"{lesson1.linear_fit(matrix, t):.2f}")
-    assert told[2] == told[3]
-    assert f"R² {told[0]} and {told[1]} are what" in EXERCISES and f"it can (R² {told[2]})" in EXERCISES
+        fits.append(f"{lesson1.linear_fit(matrix, t):.2f}")
+    assert fits[2] == fits[3]
+    assert f"R² {fits[0]} and {fits[1]} are what" in EXERCISES and f"it can (R² {fits[2]})" in EXERCISES
 
 
 def test_the_answer_about_added_skips(tmp_path, monkeypatch):
