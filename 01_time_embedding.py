@@ -27,9 +27,9 @@ import lesson_tools as tools
 # As a single number, though, 10 is almost 0: it lies a hundredth of the way from the first step to the last. To treat
 # the two so differently, a network needs very large weights, which it learns slowly (Tancik et al. 2020).
 #
-# (Not every network has this problem. The one in 03 must amplify nearly as much, but it takes ln(sigma), which spreads
-# the noise levels well. There, after a short training, a single number did as well as the embedding: a loss of 0.40
-# with either, in three runs each.)
+# (Not every network has this problem. The one in 03 must amplify nearly as much, but it takes ln(sigma), the logarithm
+# of the noise's standard deviation, which spaces the noise levels well. There, after a short training run, a single
+# number did as well as the embedding: a loss of 0.40 with either, in three runs each.)
 #
 # Clocks solved this long ago. The second hand tells neighbouring moments apart, the hour hand tells three from nine,
 # and no hand ever leaves the dial. The embedding is a clock: at time t, each hand has turned through an angle of t
@@ -150,7 +150,7 @@ def show_max_period():
 # sin(a + b) and cos(a + b) are weighted sums of sin(a) and cos(a), with weights that depend on b alone. So one matrix
 # serves all times, and a single linear layer can learn it. Turning two embeddings by the same angles changes neither
 # their lengths nor the angle between them. So their dot product depends only on how far apart the times are, not on
-# when: it is the sum of cos(frequency * distance).
+# the times themselves: it is the sum of cos(frequency * distance).
 def shift_matrix(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t, if dim is even."""
     sines, cosines = timestep_embedding(torch.tensor([shift], dtype=torch.float64), dim, max_period)[0].chunk(2)

@@ -53,8 +53,8 @@ def show_reach():
 # %% 2. Attention: the original value plus a weighted average
 # Attention works on a sequence of tokens. Each token is a vector, and three linear layers turn it into a query (what it
 # looks for), a key (what it offers) and a value (what it hands over). The dot product of a query and a key, the score,
-# says how well they match. Softmax turns a token's scores into weights, and the token adds the average of all values,
-# with these weights, to itself: "the original value plus a weighted average", as the lecture puts it.
+# says how well they match. Softmax turns a token's scores into weights, and the token adds the weighted average of all
+# values to itself: "the original value plus a weighted average", as the lecture puts it.
 #
 #     softmax(Q Kᵀ / √d) V        Q, K, V: s rows, one for each token, d wide; `.mT` swaps the last two axes
 def attention_weights(q, k):
@@ -69,8 +69,8 @@ def attention(q, k, v):
     return attention_weights(q, k) @ v
 
 
-# Three tokens: their four numbers say how much ear, grass, brown and green each contains. Both ears offer "ear", but
-# only the left one has a colour. So the right ear's query asks for an ear with a colour, and it gets most of its
+# Three tokens, each with four numbers that say how much ear, grass, brown and green it contains. Both ears offer "ear",
+# but only the left one has a colour. So the right ear's query asks for an ear with a colour, and it gets most of its
 # average from the left one. (We made up these projections, of 1, 0 and -1. A layer learns them.)
 TOKENS, FEATURES = ("left ear", "right ear", "grass"), ("ear", "grass", "brown", "green")
 X = torch.tensor([[2.0, 0, 2, 0], [2, 0, 0, 0], [0, 2, 0, 2]])  # s d
@@ -102,8 +102,8 @@ def show_tokens():
 
 # %% 3. Why softmax
 # Why not use the scores themselves as weights? They can have any sign and size. Softmax's weights are positive and sum
-# to one, so no average leaves the range of its channel's values. (The sum of token and average still grows. But a layer
-# starts with a norm, so what it adds doesn't grow with the token: the sum grows, but not by a factor per layer.)
+# to one, so no average leaves the range of its channel's values. (Adding the average still makes a token grow.
+# But a layer starts with a norm, so it adds no more to a large token than to a small one: growth isn't exponential.)
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def show_one_pixel():
 
 # %% 5. What flattening loses
 # Attention comes from language models, whose tokens really form a sequence. Flattening an image into one is a hack, as
-# the lecture says, and known not to be the best way. Attention can't see which pixels were neighbours, because it is
+# the lecture says, and known to be suboptimal. Attention can't see which pixels were neighbours, because it is
 # permutation-equivariant: if you permute its input, its output is permuted in the same way, and nothing else changes.
 #
 # A U-Net can live with that, because its convolutions have already mixed each pixel with its neighbours. A transformer
@@ -199,9 +199,9 @@ def show_shuffled_pixels():
 # %% 6. Why the scores are divided by √d
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, the
 # sum has variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to
-# one winner. In a row that is nearly one-hot, the gradient is nearly zero, so a token hardly unlearns a winner that it
-# picked at random. The other rows get much larger gradients: at d = 256, those of their queries are 30 times as large
-# as with the division. With it, no row is one-hot, and weights and gradients are about the same at every width.
+# one winner. In a row that is nearly one-hot, the gradient is nearly zero, so a token that picked its winner at random
+# can hardly unlearn it. The other rows get much larger gradients: at d = 256, their queries' gradients are 30 times as
+# large as with the division. With it, no row is one-hot, and weights and gradients are about the same at every width.
 @tools.section
 def show_division():
     torch.manual_seed(0)
@@ -244,7 +244,7 @@ class SelfAttention(nn.Module):
 # three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
 # The lecture looks at the standard deviation after its layer. In a new layer, scores are small, so weights are nearly
-# even. Here the pixels are independent, so their average varies much less than they do (what is left is mostly the
+# even. Our random pixels are independent, so their average varies much less than they do (what is left is mostly the
 # biases). So the branch adds little, and the output nearly equals the input. (The pixels of a real image share a mean,
 # and their average keeps it, so the branch adds more: nearly the same vector to every pixel.)
 @tools.section
@@ -298,7 +298,7 @@ def show_heads():
 # `transpose` moves them by number. `rearrange` moves them by name, so you can read it, and it can check its input.
 #
 # Brackets on the left split an axis (give the sizes of all its parts but one); brackets on the right join axes. The
-# last name in brackets varies fastest. Each entry below: a shape, the arguments of `rearrange`, and the same by hand.
+# last name in brackets varies fastest. Each entry has a shape, the arguments of `rearrange`, and the same by hand.
 TOKEN_SHAPE, IMAGE_SHAPE = (2, 64, 32), (2, 32, 8, 8)
 EXAMPLES = [
     (TOKEN_SHAPE, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
@@ -640,7 +640,7 @@ class VisionTransformer(nn.Module):
 # can also learn without labels, by filling in hidden patches (Xie et al. 2022).
 #
 # With few labelled garments, ours falls behind a convolutional net with as many parameters. Pre-training it without
-# labels on all 60,000 images closes four fifths of the gap if 600 have labels, and half of it if 2,400 or 9,600 have
+# labels on all 60,000 images closes four fifths of the gap if 600 are labelled, and half of it if 2,400 or 9,600 are
 # (docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
 @tools.section
 def show_transformer():
@@ -695,8 +695,8 @@ def show_elsewhere():
 
 # %% 16. Attention can be a convolution
 # A 3×3 convolution is nine heads, each attending to one of the nine pixels under the kernel (Cordonnier et al. 2020).
-# The scores depend on positions only. If a head wants pixel j, pixel i's score is minus their squared distance, times a
-# number so large that j itself gets all the weight. (This too is a dot product, of position features:
+# The scores depend on positions only. If a head wants pixel j, pixel i's score is minus the squared distance from i to
+# j, times a number so large that j itself gets all the weight. (This too is a dot product, of position features:
 # -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the border there is no pixel to want. Softmax would give the weight to the
 # nearest one, but a convolution reads a zero there. So we add a token of zeros, at a squared distance of 0.5: farther
 # than the wanted pixel, closer than any other.
