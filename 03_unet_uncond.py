@@ -80,15 +80,15 @@ def show_order():
         print(f"   {label}: correlation with the input", *(f"{value:.2f}" for value in left[label]))
         pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
     first, last = (values[-1] for values in left.values())
-    said = f"(correlation after 20 blocks: {first:.2f}, if they come last {last:.2f}; {name})"
+    said = f"(correlation after 20 blocks: {first:.2f}; if they come last, {last:.2f}; {name})"
     title = f"More of an image survives if activations come first\n{said}"
     return tools.plot_grid(title, torch.stack(pictures).clamp(-1, 1), 6, left, [f"after {i}" for i in shown])
 
 
 # %% 2. The residual block
-# So norm, activation and convolution form one layer, in this order. The norm is a group norm (Wu and He 2018), with the
-# mean and variance of a few channels of one image. Batch norm, which the lecture uses, averages over the whole batch.
-# Our batches will mix noise levels, so one image's activations would depend on how noisy the others are.
+# So norm, activation and convolution form one layer, in this order. The norm is a group norm (Wu and He 2018): it takes
+# the mean and variance over a few channels of one image. Batch norm, which the lecture uses, averages over the whole
+# batch. Our batches will mix noise levels, so one image's activations would depend on how noisy the others are.
 class PreActConv(nn.Module):
     """GroupNorm, SiLU, 3×3 convolution: `(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
 
@@ -109,7 +109,7 @@ def zero_(layer):
 
 
 # A block adds the output of two convolutions to its input. The second starts at zero, so a new block changes nothing
-# (except perhaps the width): the network starts out short, and each block joins in once it has learned something.
+# (except perhaps the width): the network starts out shallow, and each block joins in once it has learned something.
 class ResBlock(nn.Module):
     """Two pre-activation convolutions and a shortcut, which is a 1×1 convolution if the width changes."""
 
@@ -204,8 +204,7 @@ def show_saved():
 # Down: each level is a few residual blocks. A convolution of stride 2 then halves height and width, so 3×3 convolutions
 # see ever more of the garment. The next level has a quarter of the pixels but twice the channels, so all levels cost
 # about the same. (The stride of 2 comes from DDPM's code. The lecture warns against taking it for optimal: there are
-# hardly any ablations.) The 32 to 256 channels below are the lecture's for Fashion-MNIST, fewer than the 224 to 896 of
-# diffusers' UNet2DModel. `--no-time --preset lecture` trains this network.
+# hardly any ablations.) `--no-time --preset lecture` trains this network, with the lecture's 32 to 256 channels.
 #
 # Up: the same in reverse. Each block gets the activation so far, concatenated with one saved at the same size on the
 # way down. Each level has one block more here, because the convolution before its blocks was saved too.
@@ -304,8 +303,8 @@ def show_levels():
 # %% 5. What the skips are for
 # At the bottom of this small U, a garment is 7 × 7 pixels of 32 channels. That is room enough to say where its edges
 # run, but the network would have to learn to pack them into channels and to unpack them again. The skips hand them
-# straight across. To see what that is worth, we cut the skips: every saved activation arrives as zeros. Both networks
-# start from the same weights, see the same batches, and learn to remove noise of the same strength.
+# straight across. What is that worth? We train a second network with its skips cut: every saved activation arrives as
+# zeros. Both start from the same weights, see the same batches, and learn to remove noise of the same strength.
 def cut_skips(network):
     for layer in network.modules():
         if isinstance(layer, Saved):
@@ -455,9 +454,9 @@ def show_preconditioning():
 
 
 # %% 8. Time
-# c_in gives every x about the same scale, and the size of x doesn't tell the network how noisy x is. So all blocks get
-# the embedding of 01, and each turns it into a scale and a shift for each channel. These act *after* the second norm.
-# The lecture applies them before it, but there a group norm would remove whatever a group's channels have in common.
+# c_in gives every x about the same scale, so its size no longer says how noisy it is. That is why all blocks get the
+# embedding of 01; each turns it into a scale and a shift for each channel. These act *after* the second norm. The
+# lecture applies them before it, but there a group norm would remove whatever a group's channels have in common.
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation (adaptive group norm, or FiLM)."""
 
@@ -514,7 +513,7 @@ class UntimedUNet(UNet):
 
 # Does a network need the time at all? The image itself shows how noisy it is: background pixels should be equal, and
 # differ only by the noise. Below we print their standard deviation in a corner of 3 × 3 pixels, as the network sees it,
-# after c_in. So small a corner tells low noise levels apart, but hardly those above 1. (c_in, c_skip and c_out are
+# after c_in. Such a small corner tells low noise levels apart, but hardly those above 1. (c_in, c_skip and c_out are
 # computed from sigma in any case.) Section 14 measures what the time is worth.
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 levels drawn in training are in this range
 
@@ -549,7 +548,7 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 
 
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
-# at high noise, where mean is that of all pixels. So at first no noise level outweighs the others by much; later, the
+# at high noise, with the mean over all pixels. So at first no noise level outweighs the others by much; later, the
 # loss is several times as high at both ends as in the middle (section 14).
 @torch.no_grad()
 def loss_by_level(denoiser, images, levels=LEVELS):
@@ -720,13 +719,13 @@ def show_few_steps():
 
 # %% 12. One path in three coordinates: DDPM, EDM, flow matching
 # DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho et al. 2020); EDM's is x0 + sigma noise
-# (notebook 26). Flow matching isn't in the lecture, but in much that came later. It mixes image and noise in shares
-# that sum to one: z = (1 - t) x0 + t noise (Lipman et al. 2023, whose t runs the other way). Divide each by the factor
-# in front of x0, and all three become x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t). (Notebook 28
-# is DDPM at any t from 0 to 1, on pixels from -0.5 to 0.5, so its sigma is half of ours.)
+# (notebook 26). Flow matching isn't in the lecture, but many later models use it. It mixes image and noise in
+# proportions that sum to one: z = (1 - t) x0 + t noise (Lipman et al. 2023, whose t runs the other way). Divide each by
+# its factor in front of x0, and all three become x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t).
+# (Notebook 28 is DDPM at any t from 0 to 1, on pixels from -0.5 to 0.5, so its sigma is half of ours.)
 #
 # The velocity of z is noise - x0, and one Euler step along it *is* DDIM's step: both keep the predicted image and the
-# predicted noise, and mix them in new shares.
+# predicted noise, and mix them in new proportions.
 @torch.no_grad()
 def sample_flow(denoise, noise, times):
     """Yield (t, z) at each of the times, which fall from below 1 to 0; the first z is times[0] * noise."""
@@ -759,8 +758,8 @@ def show_coordinates():
 # about 1. A convolution's weights form a matrix too: a row for each output channel, a column for each number it sees.
 #
 # Muon never computes the singular values. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
-# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. G has only as many
-# rows as X, so we do the steps on G and multiply by X once, at the end. (A tall X has the smaller G = Xᵀ X.)
+# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. G is square, with as
+# many rows as X, so we do the steps on G and multiply by X only once, at the end. (For a tall X, G = Xᵀ X is smaller.)
 def orthogonalize(matrices):
     """A list of the matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.21 if they were at
     least 0.0015 of the matrix's norm). matrices: float32, all with the same shorter side."""
@@ -806,7 +805,7 @@ def use_muon(parameters, max_lr):
     """Muon for the convolutions, AdamW for everything else, in a list; max_lr: AdamW's highest learning rate."""
     parameters = list(parameters)
     convolutions, others = ([p for p in parameters if (p.ndim == 4) == is_conv] for is_conv in (True, False))
-    return [Muon(convolutions, 10 * max_lr), *use_adamw(others, max_lr)]  # AdamW's entries are about 1, Muon's smaller
+    return [Muon(convolutions, 10 * max_lr), *use_adamw(others, max_lr)]  # Muon's steps have smaller entries
 
 
 @tools.section
@@ -868,10 +867,9 @@ def update_ema(ema, denoiser, step):
 
 # Not every noise level is equally worth training on. At low noise the network's output is multiplied by c_out, there
 # about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly in
-# between: two thirds of the levels lie between 0.14 and 1. (EDM's mean and standard deviation are -1.2 and 1.2, so its
-# two thirds lie between 0.09 and 1: docs/measurements.md compares them.) Sampling starts at 80, which training
-# practically never sees: one level in 2,000 is above 10. But there is little to learn up there: c_in · x is almost pure
-# noise of variance one, and the right answer is close to the mean of all garments.
+# between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
+# docs/measurements.md.) Sampling starts at 80, which training hardly ever sees: one level in 2,000 is above 10. But
+# there is little to learn up there: c_in · x is almost pure noise, and the best answer is about the mean garment.
 #
 # An epoch is all images in random order. The randomness in a step depends only on the seed and the step (on one kind of
 # device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.

@@ -173,12 +173,11 @@ def show_labels():
 # %% 3. Guidance: a line through two predictions
 # A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
 # label and with it, are two points. Classifier-free guidance (Ho and Salimans 2022) follows the line from the first to
-# the second, and goes on: x0_hat = x0(label) + w · (x0(label) - x0(no label)). The garments get clearer, and fewer look
-# odd. Most software's guidance_scale is 1 + w. Papers write the same line for the noise, (x - x0_hat) / sigma.
+# the second and keeps going: x0_hat = x0(label) + w · (x0(label) - x0(no label)). The garments get clearer, and fewer
+# look odd. Most software's guidance_scale is 1 + w. Papers write the same line for the noise, (x - x0_hat) / sigma.
 #
-# But guidance waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; section 4 shows why), so the
-# first 7 of 14 steps evaluate the network once instead of twice. And a network that has trained for longer knows its
-# classes better, and needs less guidance (docs/measurements.md).
+# But guidance waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; see section 4), so the first 7
+# of 14 steps need only one prediction each. A network trained for longer needs less guidance (docs/measurements.md).
 GUIDANCE, GUIDANCE_LONG = 1.4, 0.8  # measured after 180,000 and 1,440,000 images; the switch at 600,000 is a guess
 GUIDED_BELOW = 3  # sigma
 
@@ -218,10 +217,10 @@ def show_line():
 
 
 # %% 4. How strong, and from when
-# While there is much noise, the network decides the rough shape of a garment and how light it is. Guidance from the
-# start makes the garments of a class more alike in both, and lighter. But if guidance waits until the noise is down to
-# 3, even strong guidance leaves them as varied as none does (measured in pixels, on only four garments of each class).
-# Too much guidance still makes only typical garments (docs/measurements.md).
+# At high noise, the network decides the rough shape of a garment and how light it is. Guidance from the start makes the
+# garments of a class more alike in both, and lighter. But if guidance waits until the noise is down to 3, they vary as
+# much as without it, even when it is strong (measured in pixels, on only four garments of each class). Too much
+# guidance still makes only typical garments (docs/measurements.md).
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()
@@ -275,8 +274,8 @@ def show_blend():
 
 # %% 6. What a pixel depends on
 # Is anything too far away for a pixel of this U-Net? As in section 1 of 02, the gradient shows how much one pixel of
-# the prediction depends on each pixel of the input, now in a trained network. While there is much noise, it depends on
-# the whole garment: the network is still deciding what to make. In the end it depends mostly on its surroundings.
+# the prediction depends on each pixel of the input, now in a trained network. At high noise, it depends on the whole
+# garment: the network is still deciding what to make. In the end it depends mostly on its surroundings.
 #
 # Switching off all attention hardly changes the picture: on the lower levels one pixel stands for many, so the
 # convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST that
@@ -310,12 +309,12 @@ def show_reach():
         for axis, (sigma, x, _) in zip(line, states, strict=True):
             gradient = lesson2.input_gradient(functools.partial(model, sigma=sigma, label=label), x, row, column).cpu()
             around = gradient[max(0, row - near) : row + near + 1, max(0, column - near) : column + near + 1]
-            far = 1 - around.sum() / gradient.sum()  # more than 6 pixels away
+            far = 1 - around.sum() / gradient.sum()
             tools.plot_image(
                 axis, (gradient / gradient.max()).log10(), f"σ = {sigma:.2g}: {far:.0%} far", vmin=-4, vmax=0
             )
     said = f"(far: over {near} pixels away; white: largest, black: 1/10,000 of it; {settings.data})"
-    figure.suptitle(f"With much noise, a pixel depends on the whole garment\n{said}")
+    figure.suptitle(f"At high noise, a pixel depends on the whole garment\n{said}")
     return figure
 
 

@@ -256,7 +256,7 @@ def load_one_of_each():
 
 # %% Devices and processes
 # torchrun starts a script several times. Each process takes its share of every batch and updates its weights with the
-# mean of all gradients (DistributedDataParallel), so all weights stay equal. Only the first prints and writes files.
+# mean of all gradients (DistributedDataParallel), so the weights stay in sync. Only the first prints and writes files.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun; WORLD_SIZE may also come from a cluster's scheduler
 PROCESSES, RANK = (int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])) if LAUNCHED else (1, 0)
 
@@ -342,7 +342,7 @@ def load_checkpoint(path, kind, **asked):
         return None
     file = io.BytesIO(path.read_bytes())
     try:
-        with zipfile.ZipFile(file) as archive:  # torch.load doesn't verify checksums, and reads "folders" as zeros
+        with zipfile.ZipFile(file) as archive:  # torch.load ignores checksums; entries marked as folders become zeros
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("a checksum is wrong")
         file.seek(0)
