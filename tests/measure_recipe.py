@@ -88,6 +88,7 @@ ROAD = {  # each with all the changes above it
 }
 CHANGES = {
     "today's recipe": {},
+    "AdamW, 0.0005": {"optimizer": "adamw", "max_lr": 5e-4},
     "AdamW, 0.001": {"optimizer": "adamw", "max_lr": 1e-3},
     "AdamW, 0.002": {"optimizer": "adamw", "max_lr": 2e-3},
     "AdamW, 0.004": {"optimizer": "adamw", "max_lr": 4e-3},
