@@ -296,6 +296,12 @@ def without_attention(denoiser):
     return plain
 
 
+def far_share(influence, row, column, near):
+    """The share of an influence `(h, w)` on one position that comes from more than `near` positions away."""
+    around = influence[max(0, row - near) : row + near + 1, max(0, column - near) : column + near + 1]
+    return float(1 - around.sum() / influence.sum())
+
+
 @tools.section
 def show_reach():
     denoiser, settings = load_demo_model()
@@ -308,11 +314,8 @@ def show_reach():
         line[0].set_ylabel(name)
         for axis, (sigma, x, _) in zip(line, states, strict=True):
             gradient = lesson2.input_gradient(functools.partial(model, sigma=sigma, label=label), x, row, column).cpu()
-            around = gradient[max(0, row - near) : row + near + 1, max(0, column - near) : column + near + 1]
-            far = 1 - around.sum() / gradient.sum()
-            tools.plot_image(
-                axis, (gradient / gradient.max()).log10(), f"σ = {sigma:.2g}: {far:.0%} far", vmin=-4, vmax=0
-            )
+            title = f"σ = {sigma:.2g}: {far_share(gradient, row, column, near):.0%} far"
+            tools.plot_image(axis, (gradient / gradient.max()).log10(), title, vmin=-4, vmax=0)
     said = f"(far: over {near} pixels away; white: largest, black: 1/10,000 of it; {settings.data})"
     figure.suptitle(f"At high noise, a pixel depends on the whole garment\n{said}")
     return figure
@@ -344,8 +347,8 @@ def show_look():
         y, place = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
         tools.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
         for head, (axis, look) in enumerate(zip(row[1:], looks[:, y, place], strict=False), 1):
-            far = 1 - look[max(0, y - 2) : y + 3, max(0, place - 2) : place + 3].sum()  # over two positions away
-            tools.plot_image(axis, look, f"head {head}: {far:.0%} far", cmap="gray_r", vmin=0)
+            title = f"head {head}: {far_share(look, y, place, 2):.0%} far"
+            tools.plot_image(axis, look, title, cmap="gray_r", vmin=0)
             axis.plot(place, y, "s", color="tab:orange", markerfacecolor="none")
     said = f"(far: over two positions away; even weights would give {even:.0%}; {settings.data})"
     figure.suptitle(f"Different heads look at different positions\n{said}")

@@ -49,16 +49,17 @@ def load_denoiser(path, device):
     return lesson3.load_denoiser(path, NETWORKS[checkpoint["settings"].network], device)
 
 
-def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None, seed=0):
+def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None, seed=0, below=lesson4.GUIDED_BELOW):
     """n images, float32 (n, 1, height, width) in [-1, 1], and the labels (n,) asked for: the classes in turn.
 
-    guidance: None for a network without labels; the labels returned are then None too. seed: of the noise.
+    guidance: None for a network without labels; the labels returned are then None too. seed: of the noise. below: as in
+    `guide`.
     """
     n_classes = 1 if guidance is None else len(settings.classes)
     noise_ids = [(seed, i % n_classes, i // n_classes) for i in range(n)]
 
     def make_denoise(label):
-        return denoiser if guidance is None else lesson4.guide(denoiser, label, guidance)
+        return denoiser if guidance is None else lesson4.guide(denoiser, label, guidance, below)
 
     images, _ = lesson3.sample_images(make_denoise, noise_ids, settings, steps, denoiser.device)
     return images, None if guidance is None else torch.arange(n) % n_classes

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 import variants
-from measure_quality import Panel
+from measure_quality import Panel, draw_samples
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -55,9 +55,7 @@ class Recipe(NamedTuple):
     optimizer: str = "muon"  # or "adamw"; "one cycle" is the lecture's Adam
     max_lr: float = 7e-4  # AdamW's highest; Muon's is ten times that
     fast: bool = True  # bfloat16 if the device is fast with it, channels last
-    noise_prediction: bool = (
-        False  # with times from 0 to 1, on the lecture's cosine schedule, without EDM's preconditioning and weights
-    )
+    noise_prediction: bool = False  # the lecture's: cosine schedule, times from 0 to 1, no preconditioning or weights
     levels: tuple[float, float] = (lesson3.P_MEAN, lesson3.P_STD)  # mean and deviation of ln(sigma) in training
     averaged: bool = True  # sample with the averaged weights, not the last ones
     drop_labels: bool = True  # one in ten in training
@@ -235,17 +233,14 @@ def sample_ddpm(denoise, noise, sigmas):
 
 def sample(recipe, settings, denoiser, n, guidance, below=lesson4.GUIDED_BELOW):
     """n images, `(n, 1, h, w)`, the classes in turn."""
-    images, n_classes = [], len(settings.classes)
+    if not recipe.ddpm:
+        return draw_samples(denoiser, settings, n, guidance=guidance, below=below)[0]
+    sigmas, images, n_classes = sigma_of(torch.linspace(0.99, 0, 100)).tolist(), [], len(settings.classes)
     torch.manual_seed(0)
     for numbers in torch.arange(n).split(200):
-        label = (numbers % n_classes).to(denoiser.device)
+        denoise = lesson4.guide(denoiser, (numbers % n_classes).to(denoiser.device), guidance, below)
         noise_ids = [(0, i % n_classes, i // n_classes) for i in numbers.tolist()]
-        denoise = lesson4.guide(denoiser, label, guidance, below)
-        noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
-        if recipe.ddpm:
-            x = sample_ddpm(denoise, noise, sigma_of(torch.linspace(0.99, 0, 100)).tolist())
-        else:
-            *_, (_, x, _) = lesson3.sample(denoise, noise, lesson3.noise_levels())
+        x = sample_ddpm(denoise, lesson3.draw_noise(settings, noise_ids, denoiser.device), sigmas)
         images.append(lesson3.crop(x, settings.size).clamp(-1, 1).cpu())
     return torch.cat(images)
 

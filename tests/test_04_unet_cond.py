@@ -206,3 +206,11 @@ def test_states_on_the_way_are_those_of_sampling(lesson3, lesson4, cond_unet, mo
     for wanted, (sigma, x, x0_hat) in zip((50, 1), states, strict=True):
         assert min(lesson3.noise_levels()[:-1], key=lambda level: abs(math.log(level / wanted))) == sigma
         torch.testing.assert_close(denoiser(x, sigma, label), x0_hat)
+
+
+def test_the_share_from_far_away(lesson4):
+    """The window is cut off at the border."""
+    influence = torch.rand(7, 9)
+    far = sum(float(influence[i, j]) for i in range(7) for j in range(9) if max(abs(i - 1), abs(j - 4)) > 2)
+    assert lesson4.far_share(influence, 1, 4, 2) == pytest.approx(far / float(influence.sum()), abs=1e-6)
+    assert lesson4.far_share(influence, 1, 4, 9) == pytest.approx(0, abs=1e-6)

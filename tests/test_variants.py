@@ -14,12 +14,16 @@ CHANGES["sines"] = variants.sines(10)
 
 
 @pytest.fixture
-def make(lesson3, lesson4, redraw):
+def preset(lesson3):
+    return lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
+
+
+@pytest.fixture
+def make(preset, lesson4, redraw):
     """make(change): a small new network, with all weights redrawn."""
 
     def make(change=None, **others):
-        preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8, **others)
-        network = lesson4.make_network(preset, 10)
+        network = lesson4.make_network(preset._replace(**others), 10)
         if change:
             change(network)
         return redraw(network)
@@ -129,9 +133,8 @@ def test_times_in_other_units_and_their_bins(make, lesson3):
     torch.testing.assert_close(table(times), table.weight[[0, 0, 1, 99, 99, 0]])
 
 
-def test_sines_start_with_the_weights_that_they_would_have(make, lesson3, lesson4):
+def test_sines_start_with_the_weights_that_they_would_have(preset, lesson4):
     """So the usual sines, put in by a variant, change nothing."""
-    preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8)
     times = torch.linspace(-1100, 1000, 5)
     for change, same in ((variants.sines(), True), (variants.sines(10), False)):
         network = lesson4.make_network(preset, 10)
@@ -141,8 +144,8 @@ def test_sines_start_with_the_weights_that_they_would_have(make, lesson3, lesson
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGES if name != "no_zero_start"])
-def test_a_new_network_outputs_zero_and_takes_a_label_or_none(lesson3, lesson4, name):
-    network = lesson4.make_network(lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=4, head_dim=8), 10)
+def test_a_new_network_outputs_zero_and_takes_a_label_or_none(preset, lesson4, name):
+    network = lesson4.make_network(preset, 10)
     CHANGES[name](network)
     x, time, label = inputs()
     with torch.autocast("cpu", torch.bfloat16):
