@@ -54,6 +54,8 @@ class Recipe(NamedTuple):
     batch_size: int = 32
     optimizer: str = "muon"  # or "adamw"; "one cycle" is the lecture's Adam
     max_lr: float = 7e-4  # AdamW's highest; Muon's is ten times that
+    momentum: float = 0.95  # Muon's
+    weight_decay: float = 0.001  # Muon's
     fast: bool = True  # bfloat16 if the device is fast with it, channels last
     noise_prediction: bool = False  # the lecture's: cosine schedule, times from 0 to 1, no preconditioning or weights
     levels: tuple[float, float] = (lesson3.P_MEAN, lesson3.P_STD)  # mean and deviation of ln(sigma) in training
@@ -90,6 +92,11 @@ CHANGES = {
     "AdamW, 0.001": {"optimizer": "adamw", "max_lr": 1e-3},
     "AdamW, 0.002": {"optimizer": "adamw", "max_lr": 2e-3},
     "AdamW, 0.004": {"optimizer": "adamw", "max_lr": 4e-3},
+    "Muon, rates × 2/3": {"max_lr": 4.7e-4},
+    "Muon, rates × 3/2": {"max_lr": 1.05e-3},
+    "Muon, momentum 0.9": {"momentum": 0.9},
+    "Muon, momentum 0.98": {"momentum": 0.98},
+    "Muon, weight decay 0.1": {"weight_decay": 0.1},
     "labels never dropped": {"drop_labels": False},
     "the lecture's denoiser": {"noise_prediction": True},
     "EDM's noise levels": {"levels": (-1.2, 1.2)},
@@ -190,6 +197,8 @@ def train(recipe, settings, dataset, share_done):
     else:
         use = {"muon": lesson3.use_muon, "adamw": lesson3.use_adamw}[recipe.optimizer]
         optimizers = use(denoiser.parameters(), recipe.max_lr)
+    if recipe.optimizer == "muon":
+        optimizers[0].param_groups[0].update(momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
     def by_share(step, steps):
         share = min(share_done(seen), 1.0)

@@ -32,7 +32,9 @@ def tiny(lesson3, monkeypatch):
 
 def test_todays_recipe_is_the_scripts_own_and_the_road_leads_to_it(lesson3, lesson4, tiny):
     today, small = RECIPES["today's recipe"], lesson3.PRESETS["small"]
+    muon = lesson3.Muon([torch.zeros(1)], 1.0).defaults
     assert (today.batch_size, today.max_lr) == (small.batch_size, small.max_lr)
+    assert (today.momentum, today.weight_decay) == (muon["momentum"], muon["weight_decay"])
     assert today.levels == (lesson3.P_MEAN, lesson3.P_STD) and today == RECIPES["road: dropped labels, for guidance"]
     torch.manual_seed(tiny.seed)
     ours = lesson3.make_denoiser(lesson4.make_network(small, len(CLASSES)), tiny, CPU)
