@@ -86,8 +86,10 @@ def cells(environment):
 
 
 def test_run_in_ipython_trains_like_the_command(environment, tmp_path):
-    options = ["--data", "garments", "--epochs", "0.002", "--batch-size", "10", "--steps", "1", "--n", "1", "--out"]
-    command = [sys.executable, __file__, "%run", str(ROOT / "04_unet_cond.py"), *options, str(tmp_path)]
+    from test_command_line import squares
+
+    options = [*squares(environment["cwd"], 20), "--out", str(tmp_path)]
+    command = [sys.executable, __file__, "%run", str(ROOT / "04_unet_cond.py"), *options]
     result = subprocess.run(command, **environment)
     assert result.returncode == 0
     assert "2 steps of 10 images" in result.stdout and "1. Attention" not in result.stdout  # no section ran

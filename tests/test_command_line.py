@@ -76,6 +76,12 @@ def run(lesson3, run_untouched, monkeypatch):
     return run_untouched
 
 
+def squares(folder, seen):
+    """Options like `TINY`, for training on so many images, out of 90 small pictures in the folder. (A new process would
+    spend seconds on drawing garments.)"""
+    return [*TINY[4:], "--epochs", str(seen / 90), "--data-dir", str(write_pictures(folder / "squares"))]
+
+
 def read(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
@@ -104,18 +110,18 @@ def interrupt_at(lesson3, monkeypatch, at, number=signal.SIGINT):
 def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
     """Run as scripts, with the real preset, from outside the project's folder; neither disturbs the other. The later
     one may find that the earlier one has finished."""
-    command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.002", "--out", "out"]
+    command = [sys.executable, ROOT / "04_unet_cond.py", *squares(tmp_path, 20), "--out", "out"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
     both = [subprocess.Popen(command, **pipes) for _ in range(2)]
     said = [process.communicate() for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     for output, _ in said:
-        assert "data      garments: 10,000 images of T-shirt/top (1,000), Trouser (1,000), " in output
-        assert "network   garments, CondUNet, small, 20 images seen, after 2 of 2 steps\n" in output
+        assert "data      squares: 90 images of class 0 (9), class 1 (9), " in output
+        assert "network   squares, CondUNet, small, 20 images seen, after 2 of 2 steps\n" in output
     output, errors = next(one for one in said if "2 steps of 10 images" in one[0])
     lines = output.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["data", "note", "network", "device", "watch", "training"]
-    assert "will see only 20 images, so expect noisy samples; for 180,000, use --epochs 18" in lines[1]
+    assert "will see only 20 images, so expect noisy samples; for 180,000, use --epochs 2000" in lines[1]
     assert Path(lines[4].split()[1]).name == "progress.png"
     assert "images/s" in errors
     assert "loss=" in errors
@@ -310,7 +316,7 @@ def test_where_a_script_is_run_changes_nothing(tmp_path):
     surroundings = {"MATPLOTLIBRC": tmp_path / "matplotlibrc", "PYTHONIOENCODING": "cp1251"}
     surroundings["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # made unusable by the next line
     (tmp_path / "matplotlib_inline.py").write_text("")
-    command = [sys.executable, ROOT / "04_unet_cond.py", *TINY, "--epochs", "0.001", "--class", "Bag"]
+    command = [sys.executable, ROOT / "04_unet_cond.py", *squares(tmp_path, 10), "--class", "class 0"]
     pictures = []
     for name, more in (("plain", {}), ("strange", surroundings | {"PYTHONPATH": tmp_path})):
         environment = os.environ | {key: str(value) for key, value in more.items()}
@@ -484,15 +490,15 @@ tools.run_command(lesson3.main)
 
 def test_a_process_that_is_killed_and_resumed(lesson3, run, tmp_path):
     """`kill -9` leaves the last checkpoint; the final weights are those of an uninterrupted run."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(lesson3, *TINY, "--out", whole)
+    whole, parts, options = tmp_path / "whole", tmp_path / "parts", squares(tmp_path, 120)
+    run(lesson3, *options, "--out", whole)
     (tmp_path / "killed.py").write_text(KILLED)
-    command = [sys.executable, tmp_path / "killed.py", *TINY, "--out", parts]
+    command = [sys.executable, tmp_path / "killed.py", *options, "--out", parts]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL and "Traceback" not in result.stderr
     assert [path.name for path in parts.iterdir()] == ["checkpoint.pt"]
-    output, _ = run(lesson3, *TINY, "--out", parts)
+    output, _ = run(lesson3, *options, "--out", parts)
     assert "from step 7" in output
     assert_same(read(parts), read(whole))
 

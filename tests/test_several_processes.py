@@ -9,26 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_command_line import QUICK, TINY, run, run_untouched  # noqa: F401  fixtures
+from test_command_line import QUICK, TINY, run, run_untouched, squares  # noqa: F401  fixtures
 
 import lesson_tools as tools
 
 ROOT = Path(__file__).parent.parent
-OPTIONS = [*TINY, "--batch-size", "8", "--n", "1"]  # 15 steps
+OPTIONS = [*TINY, "--batch-size", "8"]
 DRIVER = f"""
 import importlib, sys
 
 lesson3, lesson4, tools = map(importlib.import_module, ("03_unet_uncond", "04_unet_cond", "lesson_tools"))
 lesson3.PRESETS["small"] = lesson3.PRESETS["small"]._replace(**{QUICK})
-tools.choose_precision = lambda device: None
+tools.choose_precision, tools.PREVIEW_AT, lesson3.PREVIEW_IMAGES = lambda device: None, (1,), 10
 sys.argv[0] = lesson4.__file__
 tools.run_command(lesson4.main)
 """  # 04 in float32 with a quick network, like the other side of the comparison
 
 
 def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, run, tmp_path, monkeypatch):  # noqa: F811
-    one, many = tmp_path / "one", tmp_path / "many"
-    run(lesson4, *OPTIONS, "--out", one)
+    one, many, options = tmp_path / "one", tmp_path / "many", [*squares(tmp_path, 120), "--batch-size", "8"]  # 15 steps
+    run(lesson4, *options, "--out", one)
     with monkeypatch.context() as patch:
         train = lesson3.train
 
@@ -39,11 +39,11 @@ def test_processes_come_and_go_and_the_losses_stay_the_same(lesson3, lesson4, ru
                 yield step, loss, norm
 
         patch.setattr(lesson3, "train", interrupted)
-        run(lesson4, *OPTIONS, "--out", many, status=130)
+        run(lesson4, *options, "--out", many, status=130)
 
     (tmp_path / "driver.py").write_text(DRIVER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-    command = [*torchrun, tmp_path / "driver.py", *OPTIONS, "--out", many]
+    command = [*torchrun, tmp_path / "driver.py", *options, "--out", many]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
