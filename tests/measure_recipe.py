@@ -1,7 +1,7 @@
 """What each choice of the recipe is worth, all measured the same way. Run by hand.
 
     python tests/measure_recipe.py ROW [--seed S] [--images N | --minutes M] [--sweep]
-    python tests/measure_recipe.py          the rows in `results.jsonl`, as Markdown tables
+    python tests/measure_recipe.py          the rows in `results.jsonl`, as Markdown tables, and a picture of the road
 
 Each row is today's recipe with one thing changed. Every row trains on the same number of images, or for the same time,
 and draws the same number of samples from the same noise, with guidance and without, for the classifiers to measure. A
@@ -15,7 +15,6 @@ things differ: the middle has two blocks, the time embedding no batch norm, Adam
 are clipped. (60,000 images in batches of 512 are 117 steps; the lecture trained for 25 epochs, about 2,900 steps.)
 """
 
-import argparse
 import copy
 import importlib
 import json
@@ -30,6 +29,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import torch
 import variants
 from measure_quality import Panel, draw_samples
@@ -374,8 +374,27 @@ def spread(values, form):
     return mean + f" ({low} to {high})" * (len(values) > 1)
 
 
+def plot_road(lines):
+    """The distance of each row of the road, guided if it can be."""
+    found = {line["row"]: line.get("guided", line["unguided"])["residual"][0] for line in lines}
+    steps = [step for step in ROAD if step in found]
+    distances, places = [found[step] for step in steps], range(len(steps))
+    figure, axes = plt.subplots(figsize=(8, 0.3 * len(steps) + 1), layout="constrained")
+    axes.plot(distances, places, "ko-", markersize=4)
+    for place, distance in zip(places, distances, strict=True):
+        axes.annotate(f"{distance:.3g}", (distance, place), (7, -10), textcoords="offset points")
+    names = [step.removeprefix("road: ") for step in steps]
+    axes.set_yticks(places, [names[0], *(f"+ {name}" for name in names[1:])])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="Fréchet distance, on a logarithmic scale", xlim=(None, 2 * max(distances)))
+    axes.set_xticks([])
+    axes.minorticks_off()
+    axes.set_title("From the lecture's settings to ours, one change at a time", fontsize=11)
+    return figure
+
+
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = tools.make_parser(__file__, __doc__)
     add, number = parser.add_argument, tools.number
     add("row", nargs="?", metavar="ROW", help="row to measure; without one, print the tables: " + "; ".join(RECIPES))
     add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="(default: %(default)s)")
@@ -397,6 +416,8 @@ def main():
         for each in sorted({kind(line) for line in results}, key=str):
             print(f"\n{each}")
             print_table([line for line in results if kind(line) == each])
+        if road := [line for line in results if line["row"] in ROAD]:
+            tools.save_picture(plot_road(road), options.out / "road.png")
         return
     if options.row not in RECIPES:
         raise tools.UserError(f"{options.row!r}: must be one of {', '.join(RECIPES)}")

@@ -166,6 +166,16 @@ def test_the_lectures_steps_are_those_of_ddpm(lesson3):
     assert torch.equal(far, torch.full_like(x, 2.0))  # clamped, and no noise is left
 
 
+def test_the_road_has_a_dot_for_each_row_in_its_order():
+    quality = {"unguided": {"residual": [5.0, 0.8]}}
+    lines = [dict(quality, row="road: attention"), dict(quality, row="road: the lecture's settings")]
+    lines += [dict(quality, guided={"residual": [2.0, 0.9]}, row="road: dropped labels, for guidance")]
+    (axes,) = measure_recipe.plot_road(lines).axes
+    assert list(axes.lines[0].get_xdata()) == [5, 5, 2]
+    expected = ["the lecture's settings", "+ attention", "+ dropped labels, for guidance"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == expected
+
+
 def test_a_new_result_does_not_make_the_commit_dirty(tmp_path):
     def git(*arguments):
         who = "-c", "user.name=a", "-c", "user.email=a@b"
@@ -191,7 +201,7 @@ def test_a_row_is_a_line_and_is_not_measured_twice(tiny, monkeypatch, tmp_path, 
     monkeypatch.setattr(tools, "load_data", lambda name, split, folder: little)
     monkeypatch.setattr(measure_recipe, "Panel", lambda *_: type("P", (), {"measure": lambda *_: qualities}))
     monkeypatch.setattr(measure_recipe, "RESULTS", tmp_path / "results.jsonl")
-    common = ["--images", "64", "--n", "20", "--device", "cpu"]
+    common = ["--images", "64", "--n", "20", "--device", "cpu", "--out", str(tmp_path)]
     for asked in (["today's recipe"], ["no time", "--sweep"], ["labels never dropped"], ["no time"]):
         monkeypatch.setattr("sys.argv", ["measure", *asked, *common])
         measure_recipe.main()
@@ -203,9 +213,11 @@ def test_a_row_is_a_line_and_is_not_measured_twice(tiny, monkeypatch, tmp_path, 
     assert {"guidance 0.8", "guidance 1.6"} <= no_time.keys() and no_time["precision"] == "float32"
     no_time["guided"]["residual"], no_time["seed"] = [3.0, 0.8], 0
     again = dict(no_time, seed=1) | {"loss": 2.0}
-    (tmp_path / "results.jsonl").write_text("\n".join(json.dumps(line) for line in (today, no_time, again)))
-    monkeypatch.setattr("sys.argv", ["measure"])
+    road = dict(undropped, row="road: attention")
+    (tmp_path / "results.jsonl").write_text("\n".join(json.dumps(line) for line in (today, no_time, again, road)))
+    monkeypatch.setattr("sys.argv", ["measure", "--out", str(tmp_path)])
     measure_recipe.main()
+    assert (tmp_path / "road.png").stat().st_size > 5000
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| no time |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == "0, 1" and cells[3:6] == ["3 (3 to 3)", "1.50", "80.0 % (80.0 % to 80.0 %)"]
