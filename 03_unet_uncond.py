@@ -1,7 +1,7 @@
 """Lesson 3: a U-Net learns to remove noise, and so to make garments.
 
-We build the network first, in small steps and without time; then come noise and time, then sampling, and at the end the
-training loop (lecture sections "U-Net" and "unconditional model"; notebook 26).
+First we build the network, step by step and without time. Then we add noise and time, and sample; the training loop
+comes last (lecture sections "U-Net" and "unconditional model"; notebook 26).
 
     python 03_unet_uncond.py [--no-time] [--epochs E] [--help]   trains the unconditional model and samples from it
     python 03_unet_uncond.py --show                              prints and draws what the sections say, in two minutes
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import lesson_tools as tools
@@ -140,9 +139,10 @@ def show_block():
 
 
 # %% 3. Saved: the up path will need what the down path computed
-# This mix-in saves the output of the class to its right in the list of bases: that class is `super()` in Python's
-# method resolution order. To the right of a module class it would never run: Python would find the module's `forward`
-# first. (A list of outputs would do for our U-Net. The lecture's down path is an `nn.Sequential`, which keeps no list.)
+# This mix-in saves what another class's `forward` returns. In `class SavedConv(Saved, nn.Conv2d)`, `super()` is Conv2d,
+# because Python searches the bases from left to right (the method resolution order). Swap the two, and Python finds
+# Conv2d's `forward` first, so ours never runs. (A list of outputs would do for our U-Net. The lecture's down path is an
+# `nn.Sequential`, which keeps no list.)
 class Saved:
     """Keeps a module's output until the up path takes it."""
 
@@ -202,9 +202,10 @@ def show_saved():
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: each level is a few residual blocks. A convolution of stride 2 then halves height and width, so 3×3 convolutions
-# see ever more of the garment. The next level has a quarter of the pixels but twice the channels, so all levels cost
-# about the same. (The stride of 2 comes from DDPM's code. The lecture warns against taking it for optimal: there are
-# hardly any ablations.) `--no-time --preset lecture` trains this network, with the lecture's 32 to 256 channels.
+# see ever more of the garment. The next level has a quarter of the pixels but twice the channels, in and out, so each
+# pixel is four times the work: all levels cost about the same. (The strided convolution comes from DDPM's code. The
+# lecture warns against taking it for optimal: there are hardly any ablations.) `--no-time --preset lecture` trains this
+# network, with the lecture's 32 to 256 channels.
 #
 # Up: the same in reverse. Each block gets the activation so far, concatenated with one saved at the same size on the
 # way down. Each level has one block more here, because the convolution before its blocks was saved too.
@@ -289,15 +290,12 @@ def count_parameters(module):
 @tools.section
 def show_levels():
     network, x = UNet(1, (32, 64, 128, 256), depth=2, groups=2), torch.zeros(1, 1, 32, 32)  # the lecture's
-    with FlopCounterMode(display=False) as counter:
-        y = network(x)
-    print(f"   {tuple(x.shape)} -> {tuple(y.shape)}, and {count_parameters(network):,} parameters")
+    print(f"   {tuple(x.shape)} -> {tuple(network(x).shape)}, and {count_parameters(network):,} parameters")
     for level, width in enumerate(network.widths):
-        blocks = [f"down.{level}.{i}" for i in range(2)] + [f"up.{3 - level}.{i}" for i in range(3)]
-        parameters = sum(count_parameters(network.get_submodule(name)) for name in blocks)
-        operations = sum(sum(counter.get_flop_counts()[f"UNet.{name}"].values()) for name in blocks)
-        share, side = operations / counter.get_total_flops(), 32 // 2**level
-        print(f"   {width:3} channels of {side:2} × {side:2}: {parameters:9,} parameters, {share:.0%} of the work")
+        parameters = count_parameters(network.down[level]) + count_parameters(network.up[-1 - level])
+        side = 32 // 2**level
+        work = parameters * side**2 / 1e6  # a convolution multiplies each of its weights once per pixel
+        print(f"   {width:3} channels of {side:2} × {side:2}: {parameters:9,} parameters, {work:.0f} M multiplications")
 
 
 # %% 5. What the skips are for
@@ -348,12 +346,12 @@ def show_skips():
 
 
 # %% 6. Noise: x = x0 + sigma · noise
-# From now on, noise comes in every strength. sigma is its standard deviation, on pixels from -1 to 1. Noise of 0.02 can
-# hardly be seen; at 80, nothing else can (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based
-# Generative Models", EDM; the lecture's notebook 26). At low noise x is almost the answer; at high noise it reveals
-# almost nothing. In between, if noise hides an edge, the best single answer is the mean of all possible edges: a blur.
-# Turning that blur into one garment takes many small steps (section 10). (Notebook 28 returns to a cosine schedule and
-# predicts the noise; we stay with notebook 26.)
+# From now on, noise comes in every strength. sigma is its standard deviation, on pixels from -1 to 1. At 0.02 you can
+# hardly see the noise; at 80 you can see nothing else (Karras et al. 2022, "Elucidating the Design Space of
+# Diffusion-Based Generative Models", EDM; the lecture's notebook 26). At low noise x is almost the answer; at high
+# noise it reveals almost nothing. In between, if noise hides an edge, the best single answer is the mean of all
+# possible edges: a blur. Turning that blur into one garment takes many small steps (section 10). (Notebook 28 returns
+# to a cosine schedule and predicts the noise; we stay with notebook 26.)
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0  # sampling goes from the largest to the smallest (EDM: from 80 to 0.002)
 
 
@@ -392,7 +390,7 @@ def show_noise():
 #
 # The network can also work on patches (pixel_unshuffle): 2×2 pixels become one pixel with 4 channels, so it has only a
 # quarter of the pixels to process.
-TIME_SCALE = 1000  # so the time goes from -1151 to 1096, a range that fits the max_period of 01
+TIME_SCALE = 1000  # so the time goes from -1151 to 1096; the max_period of 01 is four times that range
 
 
 class Denoiser(nn.Module):
@@ -454,9 +452,10 @@ def show_preconditioning():
 
 
 # %% 8. Time
-# c_in gives every x about the same scale, so its size no longer says how noisy it is. That is why all blocks get the
-# embedding of 01; each turns it into a scale and a shift for each channel. These act *after* the second norm. The
-# lecture applies them before it, but there a group norm would remove whatever a group's channels have in common.
+# c_in gives every x about the same scale, so its size no longer says how noisy it is. (A flat background still does, at
+# least at low noise; section 14 measures what the time is worth.) So all blocks get the embedding of 01; each turns it
+# into a scale and a shift for each channel. These act *after* the second norm. The lecture applies them before it, but
+# there a group norm would remove whatever a group's channels have in common.
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation (adaptive group norm, or FiLM)."""
 
@@ -511,13 +510,6 @@ class UntimedUNet(UNet):
         return super().forward(x)
 
 
-# Does a network need the time at all? The image itself shows how noisy it is: background pixels should be equal, and
-# differ only by the noise. Below we print their standard deviation in a corner of 3 × 3 pixels, as the network sees it,
-# after c_in. Such a small corner tells low noise levels apart, but hardly those above 1. (c_in, c_skip and c_out are
-# computed from sigma in any case.) Section 14 measures what the time is worth.
-LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 levels drawn in training are in this range
-
-
 @tools.section
 def show_time():
     torch.manual_seed(0)
@@ -526,12 +518,6 @@ def show_time():
     print(f"   scale 3, shift 1 on all channels: changes the output by {before:.0e} before the norm, {after:.1f} after")
     for kind in (UNet, TimeUNet):
         print(f"   {kind.__name__}: {count_parameters(kind(1, (16, 32), 1, 4)):,} parameters")
-    images, _ = tools.load_images("test", 100)
-    corner, sigmas = images[:, :, :3, :3], torch.tensor(LEVELS).view(-1, 1, 1, 1, 1)
-    _, _, c_in = Denoiser(None, float(images.std())).scales(sigmas)
-    deviations = (c_in * (corner + sigmas * torch.randn_like(corner))).std(dim=(2, 3, 4)).mean(dim=1)  # levels
-    print("   sigma        " + "".join(f"{sigma:7g}" for sigma in LEVELS))
-    print("   corner's std " + "".join(f"{deviation:7.3f}" for deviation in deviations))
 
 
 # %% 9. The loss
@@ -550,6 +536,9 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
 # at high noise, with the mean over all pixels. So at first no noise level outweighs the others by much; later, the
 # loss is several times as high at both ends as in the middle (section 14).
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 levels drawn in training are in this range
+
+
 @torch.no_grad()
 def loss_by_level(denoiser, images, levels=LEVELS):
     """A list of the mean losses on images `(n, c, h, w)` at each noise level, always with the same noise."""
@@ -633,21 +622,12 @@ def sample_heun(denoise, noise, sigmas):
     yield 0.0, x, x
 
 
-SAMPLERS = {"ddim": sample_ddim, "dpm++": sample_dpm, "heun": sample_heun}
-
-
-def sample(denoise, noise, sigmas, method="dpm++"):
-    """The states of the sampler with that name. Raises ValueError if there is none."""
-    if method not in SAMPLERS:
-        raise ValueError(f"method must be one of {', '.join(SAMPLERS)}, got {method!r}")
-    return SAMPLERS[method](denoise, noise, sigmas)
-
-
 # A network has to be trained before it can sample. But for a given set of images, the ideal denoiser can be written
 # down: x may come from any of them, with a probability that falls with the distance, so the best guess is their mean,
 # weighted by these probabilities. This is attention (02): x is the query, the images are keys and values, and the
-# scores are negative squared distances. This denoiser knows its images by heart and makes nothing else. Our network
-# makes new ones, which are at least as far from the training images as test images are (docs/measurements.md).
+# scores are negative squared distances, divided by 2 sigma². So at high noise it predicts the mean of all images, at
+# low noise the nearest one. This denoiser can only reproduce its images. Our network makes new ones, which are at least
+# as far from the training images as test images are (docs/measurements.md).
 def ideal_denoiser(images):
     """denoise(x, sigma) for the samplers: the best possible if images `(m, c, h, w)` are all there is."""
 
@@ -683,9 +663,9 @@ def show_sampling():
     x = sigmas[0] * noise  # n c h w: nothing but noise
     x0_hat = denoise(x, sigmas[0])  # n c h w
     x_next = x0_hat + sigmas[1] / sigmas[0] * (x - x0_hat)  # n c h w: less noise, in the same direction
-    states = list(sample(denoise, noise, sigmas))
+    states = list(sample_dpm(denoise, noise, sigmas))
     print(f"   sigma {sigmas[0]:.1f} to {sigmas[1]:.1f}: std of x {x.std():.1f} to {x_next.std():.1f}")
-    print(f"   by hand or by sample, largest difference: {(x_next - states[1][1]).abs().max():g}")
+    print(f"   by hand or by sample_dpm, largest difference: {(x_next - states[1][1]).abs().max():g}")
     print("      sigma         std of x   of x0_hat    of x0_hat across the four images")
     for sigma, x, x0_hat in states[::3]:
         print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{pixel_std(x0_hat):36.2f}")
@@ -703,14 +683,15 @@ def show_sampling():
 def show_few_steps():
     images, name = tools.load_images("train", 1000)
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(100)])
-    counts, wrong = (3, 6, STEPS, 24, 48), {"ddim": [], "dpm++": []}
-    *_, (_, ends, _) = sample(ideal_denoiser(images), noise, noise_levels(400), "heun")  # x of the last state
+    counts, samplers, wrong = (3, 6, STEPS, 24, 48), {"ddim": sample_ddim, "dpm++": sample_dpm}, {}
+    *_, (_, ends, _) = sample_heun(ideal_denoiser(images), noise, noise_levels(400))  # x of the last state
     print("   steps  " + "".join(f"{steps:8}" for steps in counts))
-    for method, values in wrong.items():
+    for method, sample in samplers.items():
+        wrong[method] = []
         for steps in counts:
-            *_, (_, x, _) = sample(ideal_denoiser(images), noise, noise_levels(steps), method)
-            values.append(int(((x - ends).abs().amax(dim=(1, 2, 3)) > 0.1).sum()))
-        print(f"   {method:7}" + "".join(f"{value:8}" for value in values))
+            *_, (_, x, _) = sample(ideal_denoiser(images), noise, noise_levels(steps))
+            wrong[method].append(int(((x - ends).abs().amax(dim=(1, 2, 3)) > 0.1).sum()))
+        print(f"   {method:7}" + "".join(f"{value:8}" for value in wrong[method]))
     ddim, dpm = (values[counts.index(STEPS)] for values in wrong.values())
     said = f"(after {STEPS} steps, {dpm} of 100 end on a wrong garment; with DDIM, {ddim}; {name})"
     labels = {"xlabel": "steps", "ylabel": "wrong garments, out of 100", "ylim": 0}
@@ -753,9 +734,10 @@ def show_coordinates():
 
 
 # %% 13. Not in the lecture: Muon, the optimiser of the convolutions
-# A few directions dominate a matrix's gradient, and the others hardly learn. Muon (Jordan et al. 2024) takes the
-# momentum, a running mean of gradients, and makes the step equally large in all directions: all singular values become
-# about 1. A convolution's weights form a matrix too: a row for each output channel, a column for each number it sees.
+# A few directions dominate the gradient of a matrix, so its weights hardly change along the others. Muon (Jordan et al.
+# 2024) takes the momentum, a running mean of gradients, and makes the step equally large in all directions: all
+# singular values become about 1. A convolution's weights form a matrix too: a row for each output channel, a column for
+# each number it sees.
 #
 # Muon never computes the singular values. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
 # singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. G is square, with as
@@ -804,7 +786,8 @@ def use_adamw(parameters, max_lr):
 def use_muon(parameters, max_lr):
     """Muon for the convolutions, AdamW for everything else, in a list; max_lr: AdamW's highest learning rate."""
     parameters = list(parameters)
-    convolutions, others = ([p for p in parameters if (p.ndim == 4) == is_conv] for is_conv in (True, False))
+    convolutions = [parameter for parameter in parameters if parameter.ndim == 4]
+    others = [parameter for parameter in parameters if parameter.ndim != 4]
     return [Muon(convolutions, 10 * max_lr), *use_adamw(others, max_lr)]  # Muon's steps have smaller entries
 
 
@@ -865,7 +848,7 @@ def update_ema(ema, denoiser, step):
         slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
 
 
-# Not every noise level is equally worth training on. At low noise the network's output is multiplied by c_out, there
+# Some noise levels are worth more training than others. At low noise the network's output is multiplied by c_out, there
 # about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly in
 # between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
 # docs/measurements.md.) Sampling starts at 80, which training hardly ever sees: one level in 2,000 is above 10. But
@@ -899,8 +882,8 @@ def draw_batches(images, labels, batch_size, seed, steps):
         yield step, x0, sigma, torch.randn_like(x0), labels[chosen]
 
 
-# A minute of training, without any files: three small networks see the same batches with the same noise. Each has the
-# best of three or four learning rates, so tuning doesn't explain the difference. (AdamW at 0.003, 0.006, 0.012 and
+# We train three small networks, a minute in all, on the same batches with the same noise. For each we tried three or
+# four learning rates and kept the best, so tuning doesn't explain the difference. (AdamW at 0.003, 0.006, 0.012 and
 # 0.024 reaches a mean test loss of 0.433, 0.410, 0.404 and 0.426.) In this run, after 600 steps, time has lowered the
 # loss by a tenth, and Muon by another seventh.
 def train_small(network_class, images, use, max_lr, steps=600):
@@ -928,7 +911,7 @@ def show_training():
     for choice, arguments in choices.items():
         ema, losses = train_small(*arguments)
         curves[choice] = np.convolve(losses, np.full(50, 1 / 50), mode="valid")
-        *_, (_, rows[choice], _) = sample(ema, noise, noise_levels())
+        *_, (_, rows[choice], _) = sample_dpm(ema, noise, noise_levels())
         by_level = loss_by_level(ema, unseen)
         means.append(np.mean(by_level))
         print(f"   {choice:17}" + "".join(f"{loss:7.3f}" for loss in [*by_level, means[-1]]))
@@ -1083,7 +1066,7 @@ def preview(ema, settings, make_denoise, held):
 
 def fit(options, path, make_network, make_denoise, change_batches):
     """Train as the options say, or resume from the checkpoint at `path`; see `train_or_load`."""
-    device = tools.choose_device(options.device)
+    device = options.device
     network, settings, checkpoint, dataset = new_run(options, path, make_network)
     tools.join_processes(device, (settings, checkpoint["step"]))
     if checkpoint["step"] == settings.steps:
@@ -1124,12 +1107,11 @@ def train_or_load(options, path, make_network, make_denoise, change_batches=None
     images with these labels. change_batches(batches, n_classes): modifies the batches of `draw_batches`. Raises
     UserError or DataError if something is missing or doesn't fit; SystemExit after Ctrl-C.
     """
-    device = tools.choose_device(options.device)
     if not options.sample_only:
         fit(options, path, make_network, make_denoise, change_batches)
         tools.leave_processes()
-    asked = {name: getattr(options, name) for name in ("preset", "batch_size") if getattr(options, name)}
-    return load_denoiser(path, make_network, device, **asked)
+    asked = {"preset": options.preset} if options.preset else {}
+    return load_denoiser(path, make_network, options.device, **asked)
 
 
 def draw_noise(settings, noise_ids, device):
@@ -1148,7 +1130,7 @@ def sample_images(make_denoise, noise_ids, settings, steps, device):
         batch = noise_ids[first : first + 200]
         shown = np.linspace(0, len(batch) - 1, min(len(batch), 4)).round().astype(int)
         denoise = make_denoise(torch.tensor([label for _, label, _ in batch], device=device))
-        states = sample(denoise, draw_noise(settings, batch, device), noise_levels(steps))
+        states = sample_dpm(denoise, draw_noise(settings, batch, device), noise_levels(steps))
         for sigma, x, x0_hat in tqdm(states, "sampling", steps + 1, leave=False, disable=None):
             if first == 0:
                 strip.append((sigma, *(crop(part[shown], settings.size).cpu() for part in (x, x0_hat))))

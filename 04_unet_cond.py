@@ -59,35 +59,13 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
 # level would need 84 MB per image, or 43 GB for a batch of 512. At 16 × 16, with twice the heads, it is an eighth of
 # that. So the lecture leaves out the first level. A fused kernel (section 13 of 02) never stores the weights, but its
 # time still grows with the square of the number of pixels.
-def measure_levels(preset, size):
-    """Measure a block on each level of a preset's network, with one image of this padded size. Yields the level's side
-    in pixels; the megabytes a block saves for its backward pass, without and with attention; the megabytes that saving
-    all attention weights would take; the milliseconds of a forward and backward pass, without and with attention."""
-    embedding = torch.zeros(1, 4 * preset.widths[0])
-    for level, width in enumerate(preset.widths):
-        side = size // preset.patch // 2**level
-        blocks = [AttentionResBlock(width, width, preset.groups, 4 * preset.widths[0]) for _ in range(2)]
-        blocks[1].add_attention(preset.head_dim)
-        x = torch.randn(1, width, side, side, requires_grad=True)
-        saved = [lesson2.saved_bytes(block, x, embedding) / 1e6 for block in blocks]
-        passes = [functools.partial(block, embedding=embedding) for block in blocks]
-        seconds = lesson2.measure_seconds(passes, x, enough=0.3)
-        yield side, *saved, 4e-6 * (width // preset.head_dim) * side**4, *(1000 * value for value in seconds)
-
-
 @tools.section
 def show_cost():
-    levels = measure_levels(lesson3.PRESETS["lecture"], 32)
-    sides, plain, attending, weights, quick, slow = zip(*levels, strict=True)
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
-    curves = {"block": plain, "with attention": attending, "weights, if saved": weights}
-    labels = {"xlabel": "side of the feature map in pixels", "xscale": "log"}
-    tools.plot_lines(axes[0], sides, curves, ylabel="megabytes saved per image", yscale="log", **labels)
-    tools.plot_lines(axes[1], sides, {"block": quick, "with attention": slow}, ylabel="milliseconds", **labels)
-    said = f"{weights[0]:.0f} MB of weights per image, and a block takes {slow[0] / quick[0]:.0f} times as long"
-    title = f"Attention costs most at the highest resolution\n({sides[0]} × {sides[0]} pixels: {said})"
-    figure.suptitle(title, fontsize=11)
-    return figure
+    preset = lesson3.PRESETS["lecture"]
+    for level, width in enumerate(preset.widths):
+        side, heads = 32 // 2**level, width // preset.head_dim
+        weights = 4e-6 * heads * side**4  # of 4 bytes each
+        print(f"   {side:2} × {side:2} pixels, {heads:2} heads: {weights:5.2f} MB of weights per image, in each block")
 
 
 # %% 2. The label
@@ -149,7 +127,7 @@ def generate(denoise, noise_ids):
     """The images `(n, 1, h, w)` sampled with `denoise`. noise_ids: the (seed, label, index) of each one's noise."""
     denoiser, settings = load_demo_model()
     noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
-    *_, (_, x, _) = lesson3.sample(denoise, noise, lesson3.noise_levels())
+    *_, (_, x, _) = lesson3.sample_dpm(denoise, noise, lesson3.noise_levels())
     return lesson3.crop(x, settings.size).clamp(-1, 1).cpu()
 
 
@@ -171,8 +149,8 @@ def show_labels():
 
 
 # %% 3. Guidance: a line through two predictions
-# A model that has also learned to do without the label knows what the label changes. Its two predictions, without the
-# label and with it, are two points. Classifier-free guidance (Ho and Salimans 2022) follows the line from the first to
+# A model trained both with and without labels knows what a label changes. Its two predictions, without the label and
+# with it, are two points. Classifier-free guidance (Ho and Salimans 2022) follows the line from the first to
 # the second and keeps going: x0_hat = x0(label) + w · (x0(label) - x0(no label)). The garments get clearer, and fewer
 # look odd. Most software's guidance_scale is 1 + w. Papers write the same line for the noise, (x - x0_hat) / sigma.
 #
@@ -188,7 +166,7 @@ def choose_guidance(images_seen):
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
-    """denoise(x, sigma) for `sample`, in one batched call. label: int64 `(n,)`. guidance: w; 0 gives the prediction
+    """denoise(x, sigma) for a sampler, in one batched call. label: int64 `(n,)`. guidance: w; 0 gives the prediction
     with the label, -1 the one without. below: w is 0 above this sigma (the guidance interval)."""
     both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
 
@@ -218,9 +196,9 @@ def show_line():
 
 # %% 4. How strong, and from when
 # At high noise, the network decides the rough shape of a garment and how light it is. Guidance from the start makes the
-# garments of a class more alike in both, and lighter. But if guidance waits until the noise is down to 3, they vary as
-# much as without it, even when it is strong (measured in pixels, on only four garments of each class). Too much
-# guidance still makes only typical garments (docs/measurements.md).
+# garments of a class lighter, and more alike in both. But if guidance waits until the noise is down to 3, they vary as
+# much as without it, even at 3 (measured in pixels, on only four garments of each class). Too much guidance still makes
+# only typical garments (docs/measurements.md).
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()
@@ -235,8 +213,8 @@ def show_guidance():
         rows.append(images[:n])
         apart.append(lesson3.pixel_std(images.unflatten(0, (many, n))))
         print(f"   {name:14}: garments of a class {apart[-1]:.2f} apart; mean pixel {images.mean():.2f}")
-    said = f"those of a class: {apart[0]:.2f} apart without guidance, {apart[-1]:.2f} with guidance 3; {settings.data}"
-    title = f"Guidance from the start makes garments more alike\n({said})"
+    said = f"{apart[0]:.2f} without guidance, {apart[2]:.2f} with 3 {quiet}, {apart[3]:.2f} with 3 always"
+    title = f"Guidance from the start makes garments lighter\n(spread within a class: {said}; {settings.data})"
     return tools.plot_grid(title, torch.cat(rows), n, list(kinds))
 
 
@@ -273,9 +251,9 @@ def show_blend():
 
 
 # %% 6. What a pixel depends on
-# Is anything too far away for a pixel of this U-Net? As in section 1 of 02, the gradient shows how much one pixel of
-# the prediction depends on each pixel of the input, now in a trained network. At high noise, it depends on the whole
-# garment: the network is still deciding what to make. In the end it depends mostly on its surroundings.
+# Is any part of the image out of reach for a pixel of this U-Net? As in section 1 of 02, the gradient shows how much
+# one pixel of the prediction depends on each pixel of the input, now in a trained network. At high noise, it depends on
+# the whole garment: the network is still deciding what to make. In the end it depends mostly on its surroundings.
 #
 # Switching off all attention hardly changes the picture: on the lower levels one pixel stands for many, so the
 # convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST that
@@ -283,7 +261,7 @@ def show_blend():
 def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
     """The states (sigma, x, x0_hat) of a sampling run with these labels `(n,)`, closest to the given noise levels."""
     noise = lesson3.draw_noise(settings, [(0, int(each), 0) for each in label], denoiser.device)
-    *states, _ = lesson3.sample(guide(denoiser, label, 0), noise, lesson3.noise_levels())
+    *states, _ = lesson3.sample_dpm(guide(denoiser, label, 0), noise, lesson3.noise_levels())
     return [min(states, key=lambda state: abs(math.log(state[0] / sigma))) for sigma in sigmas]
 
 

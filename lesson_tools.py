@@ -547,4 +547,6 @@ def parse_run_options(parser):
         sys.stdout = io.StringIO()
         if options.show or options.sample_only:
             sys.exit()
+    if not options.show:
+        options.device = choose_device(options.device)
     return options

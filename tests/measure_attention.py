@@ -75,7 +75,7 @@ def train_and_sample(attention, seed, steps, n):
         pass
     noise, samples = torch.stack([lesson3.starting_noise(seed, 0, i, (1, SIDE, SIDE)) for i in range(n)]), []
     for part in noise.split(100):
-        *_, (_, x, _) = lesson3.sample(ema, part, lesson3.noise_levels())
+        *_, (_, x, _) = lesson3.sample_dpm(ema, part, lesson3.noise_levels())
         samples.append(x)
     return torch.cat(samples)
 

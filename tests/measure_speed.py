@@ -93,7 +93,7 @@ def start_training(competitor, device, batch_size, use=lesson3.use_adamw):
     return functools.partial(next, lesson3.train(denoiser, ema, use(denoiser.parameters(), 0.0), batches, 10**6))
 
 
-def start_sampling(competitor, device, batch_size, steps, guidance, method="dpm++"):
+def start_sampling(competitor, device, batch_size, steps, guidance, sampler=lesson3.sample_dpm):
     """A function that samples a batch in that many steps, as lesson 4 does."""
     denoiser = competitor.make_denoiser(device).eval().requires_grad_(False)
     images, label = competitor.make_images(batch_size, device)
@@ -101,7 +101,7 @@ def start_sampling(competitor, device, batch_size, steps, guidance, method="dpm+
 
     def run():
         denoise = lesson4.guide(denoiser, label, guidance)
-        for _ in lesson3.sample(denoise, noise, lesson3.noise_levels(steps), method):
+        for _ in sampler(denoise, noise, lesson3.noise_levels(steps)):
             pass
 
     return run
@@ -186,7 +186,7 @@ def sampling_tasks(precisions, measured=2):
         start = functools.partial(start_sampling, competitor, steps=measured, **others)
         return Task(f"{competitor.name}, {competitor.preset}, {steps} steps", start, measured / steps)
 
-    tasks = [task(Competitor("by hand", "lecture"), 100, guidance=0, method="ddim")]
+    tasks = [task(Competitor("by hand", "lecture"), 100, guidance=0, sampler=lesson3.sample_ddim)]
     for precision in precisions:
         ours = Competitor("ours", "small", precision)
         for each in (ours._replace(kind="diffusers"), ours):

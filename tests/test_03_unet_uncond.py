@@ -97,15 +97,15 @@ def test_the_loss_of_a_new_network_is_one_at_every_sigma(lesson3):
 
 
 # Samplers
-@pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpm++", 2), ("heun", 2)])
-def test_the_order_of_each_sampler(lesson3, method, order):
+@pytest.mark.parametrize(("sampler", "order"), [("sample_ddim", 1), ("sample_dpm", 2), ("sample_heun", 2)])
+def test_the_order_of_each_sampler(lesson3, sampler, order):
     """On Gaussian data of deviation s, the ideal denoiser is linear, and x is proportional to sqrt(sigma² + s²)."""
     s, high, low, errors = 0.6, 20.0, 0.05, []
     noise = torch.randn(4, 1, 2, 2, dtype=torch.float64)
     exact = high * noise * math.sqrt((low**2 + s**2) / (high**2 + s**2))
     for steps in (40, 80, 160, 320):
         sigmas = [*np.geomspace(high, low, steps + 1).tolist(), 0.0]
-        states = lesson3.sample(lambda x, sigma: x * s**2 / (sigma**2 + s**2), noise, sigmas, method)
+        states = getattr(lesson3, sampler)(lambda x, sigma: x * s**2 / (sigma**2 + s**2), noise, sigmas)
         *_, (_, x, _), _ = states
         errors.append((x - exact).abs().max().item())
     assert [coarse / fine for coarse, fine in pairwise(errors)] == pytest.approx([2**order] * 3, rel=0.08)
@@ -120,12 +120,11 @@ def test_a_number_for_sigma_applies_to_all_images(lesson3, time_unet):
 
 def test_samplers_evaluate_the_network_as_often_as_promised(lesson3):
     noise, sigmas = torch.zeros(1, 1, 2, 2), lesson3.noise_levels(9)
-    for method, expected in (("ddim", 9), ("dpm++", 9), ("heun", 17)):  # Heun's step to zero evaluates the network once
+    promised = {lesson3.sample_ddim: 9, lesson3.sample_dpm: 9, lesson3.sample_heun: 17}  # Heun's last step takes one
+    for sample, expected in promised.items():
         denoise = mock.Mock(return_value=noise)
-        list(lesson3.sample(denoise, noise, sigmas, method))
+        list(sample(denoise, noise, sigmas))
         assert len(denoise.call_args_list) == expected
-    with pytest.raises(ValueError, match="ddim"):
-        next(lesson3.sample(denoise, noise, sigmas, "euler"))
 
 
 # Training

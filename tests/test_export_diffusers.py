@@ -111,5 +111,5 @@ def test_the_lines_for_diffusers_draw_what_lesson_4_draws(
     torch.manual_seed(1)
     noise = torch.nn.functional.pixel_shuffle(torch.randn(16, patch**2, 8 // patch, 12 // patch), patch)
     denoise = lesson4.guide(denoiser, torch.full((16,), 9), lesson4.GUIDANCE_LONG)
-    *_, (_, images, _) = lesson3.sample(denoise, noise, lesson3.noise_levels())
+    *_, (_, images, _) = lesson3.sample_dpm(denoise, noise, lesson3.noise_levels())
     compare("the lines for diffusers, guided steps", names["x"], images, TOLERANCE)

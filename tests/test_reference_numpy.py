@@ -14,7 +14,6 @@ import reference_numpy as reference
 
 ROOT = Path(__file__).parent.parent
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-4)]
-SAMPLERS = {"ddim": reference.sample_ddim, "dpm++": reference.sample_dpm, "heun": reference.sample_heun}
 NETWORKS = [  # the arguments of a CondUNet and the shape of its input
     ((1, (24,), 1, 4, [0], 3, 1), (1, 1, 1, 4)),
     ((1, (2,), 3, 2, [0], 2, 2), (3, 1, 3, 2)),
@@ -131,10 +130,11 @@ def test_eight_guided_steps_end_at_the_same_image(lesson3, lesson4, redraw, comp
         return reference.guide(with_label, without, guidance if sigma <= 3 else 0)
 
     sigmas = reference.noise_levels(8, lesson3.SIGMA_MIN, lesson3.SIGMA_MAX)
-    for method, sample in SAMPLERS.items():  # all states: one more than steps
-        states = lesson3.sample(lesson4.guide(denoiser, label, guidance), noise, lesson3.noise_levels(8), method)
-        expected = np.stack(sample(denoise_guided, noise.numpy(), sigmas))
-        compare(f"eight guided steps, {method}", torch.stack([x for _, x, _ in states]), expected, 1e-8)
+    for name in ("sample_ddim", "sample_dpm", "sample_heun"):  # all states: one more than steps
+        sample, reference_sample = getattr(lesson3, name), getattr(reference, name)
+        states = sample(lesson4.guide(denoiser, label, guidance), noise, lesson3.noise_levels(8))
+        expected = np.stack(reference_sample(denoise_guided, noise.numpy(), sigmas))
+        compare(f"eight guided steps, {name}", torch.stack([x for _, x, _ in states]), expected, 1e-8)
 
 
 def test_flow_matching_is_ddim_in_another_coordinate(lesson3, compare):
@@ -144,7 +144,7 @@ def test_flow_matching_is_ddim_in_another_coordinate(lesson3, compare):
     states = list(lesson3.sample_flow(lesson3.ideal_denoiser(images), noise, times))
     expected = reference.sample_flow(partial(reference.ideal_denoiser, images=images.numpy()), noise.numpy(), times)
     compare("flow", torch.stack([z for _, z in states]), np.stack(expected), 1e-10)
-    ddim = torch.stack([x for _, x, _ in lesson3.sample(lesson3.ideal_denoiser(images), noise, sigmas, "ddim")])
+    ddim = torch.stack([x for _, x, _ in lesson3.sample_ddim(lesson3.ideal_denoiser(images), noise, sigmas)])
     compare("DDIM", torch.stack([z / (1 - t) for t, z in states]), ddim, 1e-10)
 
 
