@@ -943,7 +943,7 @@ class Preset(NamedTuple):
 
 PRESETS = {
     # widths, depth, groups, patch, attention_levels, head_dim, batch_size, max_lr, images_seen
-    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 64, 1e-3, 180_000),
+    "small": Preset((48, 96), 1, 3, 2, (1,), 32, 32, 7e-4, 180_000),
     "lecture": Preset((32, 64, 128, 256), 2, 2, 1, (1, 2, 3), 8, 256, 2e-3, 1_500_000),
 }
 

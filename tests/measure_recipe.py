@@ -51,9 +51,9 @@ class Recipe(NamedTuple):
     """Today's recipe. A row changes part of it."""
 
     preset: str = "small"
-    batch_size: int = 64
+    batch_size: int = 32
     optimizer: str = "muon"  # or "adamw"; "one cycle" is the lecture's Adam
-    max_lr: float = 1e-3  # AdamW's highest; Muon's is ten times that
+    max_lr: float = 7e-4  # AdamW's highest; Muon's is ten times that
     momentum: float = 0.95  # Muon's
     weight_decay: float = 0.001  # Muon's
     fast: bool = True  # bfloat16 if the device is fast with it, channels last
@@ -77,11 +77,11 @@ ROAD = {  # each with all the changes above it
     "road: EDM, 14 steps of DPM-Solver++": {"noise_prediction": False, "ddpm": False},
     "road: noise levels closer to the middle": {"levels": (-1.0, 1.0)},
     "road: group norm before scale and shift, zero start": {"changes": (variants.no_attention,)},
-    "road: Muon and an average, batches of 64": {
+    "road: Muon and an average, batches of 32": {
         "optimizer": "muon",
-        "max_lr": 1e-3,
+        "max_lr": 7e-4,
         "averaged": True,
-        "batch_size": 64,
+        "batch_size": 32,
     },
     "road: attention": {"changes": ()},
     "road: dropped labels, for guidance": {"drop_labels": True},
@@ -92,8 +92,8 @@ CHANGES = {
     "AdamW, 0.001": {"optimizer": "adamw", "max_lr": 1e-3},
     "AdamW, 0.002": {"optimizer": "adamw", "max_lr": 2e-3},
     "AdamW, 0.004": {"optimizer": "adamw", "max_lr": 4e-3},
-    "Muon, rates × 2/3": {"max_lr": 6.7e-4},
-    "Muon, rates × 3/2": {"max_lr": 1.5e-3},
+    "Muon, rates × 2/3": {"max_lr": 4.7e-4},
+    "Muon, rates × 3/2": {"max_lr": 1.05e-3},
     "Muon, momentum 0.9": {"momentum": 0.9},
     "Muon, momentum 0.98": {"momentum": 0.98},
     "Muon, weight decay 0.1": {"weight_decay": 0.1},
@@ -105,7 +105,9 @@ CHANGES = {
     "the last weights, no average": {"averaged": False},
     "no attention": {"changes": (variants.no_attention,)},
     "no time": {"changes": (variants.sines(scale=torch.zeros_like),)},
-    "batches of 32, 0.0007": {"batch_size": 32, "max_lr": 7e-4},
+    "batches of 64, 0.00067": {"batch_size": 64, "max_lr": 6.7e-4},
+    "batches of 64, 0.001": {"batch_size": 64, "max_lr": 1e-3},
+    "batches of 64, 0.0015": {"batch_size": 64, "max_lr": 1.5e-3},
     "batches of 128, 0.0014": {"batch_size": 128, "max_lr": 1.4e-3},
     "the lecture's network": {"preset": "lecture"},
     "float32": {"fast": False},
