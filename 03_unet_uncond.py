@@ -88,8 +88,8 @@ def show_order():
 # So norm, activation and convolution form one layer, in this order. The norm is a group norm (Wu and He 2018): it takes
 # the mean and variance over a few channels of one image. Batch norm, which the lecture uses, averages over the whole
 # batch. Our batches will mix noise levels, so one image's activations would depend on how noisy the others are. (Even
-# so, batch norm gave slightly better samples: docs/measurements.md. We prefer that no image depends on others, and that
-# a network computes the same in training and in sampling.)
+# so, batch norm gave better samples after one epoch: docs/measurements.md. We still prefer a norm that keeps images
+# independent, and does the same in training and in sampling.)
 class PreActConv(nn.Module):
     """GroupNorm, SiLU, 3×3 convolution: `(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
 

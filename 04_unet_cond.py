@@ -196,9 +196,9 @@ def show_line():
 
 # %% 4. How strong, and from when
 # At high noise, the network decides the rough shape of a garment and how light it is. Guidance from the start makes the
-# garments of a class lighter, and more alike in both. But if guidance waits until the noise is down to 3, they vary as
-# much as without it, even at 3 (measured in pixels, on only four garments of each class). Too much guidance still makes
-# only typical garments (docs/measurements.md).
+# garments of a class lighter, and more alike in shape and lightness. But if guidance waits until sigma is down to 3,
+# they vary as much as without it, even if w is 3 (measured in pixels, on only four garments of each class). Too much
+# guidance still makes only typical garments (docs/measurements.md).
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()
@@ -213,8 +213,9 @@ def show_guidance():
         rows.append(images[:n])
         apart.append(lesson3.pixel_std(images.unflatten(0, (many, n))))
         print(f"   {name:14}: garments of a class {apart[-1]:.2f} apart; mean pixel {images.mean():.2f}")
-    said = f"{apart[0]:.2f} without guidance, {apart[2]:.2f} with 3 {quiet}, {apart[3]:.2f} with 3 always"
-    title = f"Guidance from the start makes garments lighter\n(spread within a class: {said}; {settings.data})"
+    said = f"{apart[0]:.2f} without guidance, {apart[2]:.2f} with w = 3 {quiet}, {apart[3]:.2f} with w = 3 always"
+    said = f"(spread within a class: {said}; {settings.data})"
+    title = f"Guidance from the start makes garments lighter and more alike\n{said}"
     return tools.plot_grid(title, torch.cat(rows), n, list(kinds))
 
 

@@ -377,7 +377,7 @@ def spread(values, form):
 
 
 def plot_road(lines):
-    """The distance of each row of the road, guided if it can be."""
+    """The distance of each row of the road among lines of one kind, guided if it can be."""
     found = {line["row"]: line.get("guided", line["unguided"])["residual"][0] for line in lines}
     steps = [step for step in ROAD if step in found]
     distances, places = [found[step] for step in steps], range(len(steps))
@@ -416,10 +416,11 @@ def main():
     results = read_results()
     if options.row is None:
         for each in sorted({kind(line) for line in results}, key=str):
+            lines = [line for line in results if kind(line) == each]
             print(f"\n{each}")
-            print_table([line for line in results if kind(line) == each])
-        if road := [line for line in results if line["row"] in ROAD]:
-            tools.save_picture(plot_road(road), options.out / "road.png")
+            print_table(lines)
+            if any(line["row"] in ROAD for line in lines):
+                tools.save_picture(plot_road(lines), options.out / "road.png")
         return
     if options.row not in RECIPES:
         raise tools.UserError(f"{options.row!r}: must be one of {', '.join(RECIPES)}")
