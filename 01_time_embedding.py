@@ -20,21 +20,21 @@ import lesson_tools as tools
 
 # %% 1. A clock
 # One diffusion network removes noise at every level, and what it must do depends on the level. So it gets a time step,
-# from 0 to 999 (Ho et al. 2020; section 12 of 03 shows what other networks get). On pixels from -1 to 1, the noise has
-# a standard deviation of 0.010 at step 0 and of 0.047 at step 10. Both are nearly invisible, yet the network must
+# from 0 to 999 (Ho et al. 2020; section 12 of 03 shows what other networks get). With pixels from -1 to 1, the noise
+# has a standard deviation of 0.010 at step 0 and of 0.047 at step 10. Both are nearly invisible, yet the network must
 # output that noise scaled up to standard deviation 1: a hundredfold at step 0, but only twentyfold at step 10.
 #
 # As a single number, though, 10 is almost 0: it lies a hundredth of the way from the first step to the last. To treat
 # the two so differently, a network needs very large weights, which it learns slowly (Tancik et al. 2020).
 #
-# (Not every network has this problem. The one in 03 must amplify nearly as much, but it takes ln(sigma), the logarithm
-# of the noise's standard deviation, which spaces the noise levels well. There, after a short training run, a single
-# number did as well as the embedding: a loss of 0.40 with either, in three runs each.)
-#
 # Clocks solved this long ago. The second hand tells neighbouring moments apart, the hour hand tells three from nine,
 # and no hand ever leaves the dial. The embedding is a clock: at time t, each hand has turned through an angle of t
 # times its frequency (in radians, so a full turn takes 2π / frequency). Each hand is slower than the one before it by a
 # constant factor: the frequencies are powers of one number, with evenly spaced exponents.
+#
+# (Not every network has this problem. The one in 03 must amplify nearly as much, but it takes ln(sigma), the logarithm
+# of the noise's standard deviation, which spaces the noise levels well. There, after a short training run, a single
+# number did as well as the embedding: a loss of 0.40 with either, in three runs each.)
 @tools.section
 def show_clock():
     times = torch.tensor([50.0, 51.0, 900.0])
@@ -71,7 +71,7 @@ def timestep_embedding(timesteps, dim, max_period=10_000):
     return F.pad(embedding, (0, dim % 2)).to(dtype)
 
 
-# The lecture's example: 100 times, 16 columns.
+# The lecture's example: t = 0, 1, ..., 99, in 16 columns.
 @tools.section
 def show_steps():
     t, exponents = torch.arange(100.0), torch.linspace(0, 1, 8)
@@ -90,9 +90,9 @@ def show_steps():
 
 
 # %% 3. What the clock buys, and what it costs
-# Fast hands keep near times apart: embedded, 370 and 380 are two thirds as far apart as the first and the last time.
-# The price: far times lose their order. From 370, the embedding of 500 is even farther away than that of 0, although as
-# a number 0 is almost three times as far away. The slow hands know better, but the network must learn to trust them.
+# Fast hands keep nearby times apart: once embedded, 370 and 380 are two thirds as far apart as 0 and 1000. The price:
+# distant times lose their order. From 370, the embedding of 500 is even farther away than that of 0, although as a
+# number 0 is almost three times as far away. The slow hands know better, but the network must learn to trust them.
 def distances(rows, origin):
     """How far each row is from row `origin`, in units of the distance from first to last: `(n, columns)` -> `(n,)`."""
     return (rows - rows[origin]).norm(dim=1) / (rows[-1] - rows[0]).norm()
@@ -105,8 +105,8 @@ def show_distances():
     for name, distance in lines.items():
         print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    said = f"(380 lies {ratio:.0f} times as far from 370 as it does on the number line; 500 lies farther than 0)"
-    title = f"The embedding pulls near times apart and mixes up far ones\n{said}"
+    subtitle = f"(380 is {ratio:.0f} times as far from 370 as on the number line; 500 is farther away than 0)"
+    title = f"The embedding separates nearby times and mixes up distant ones\n{subtitle}"
     return tools.plot_curves(title, t, lines, xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
 
 
@@ -119,8 +119,8 @@ def show_distances():
 # them. Rule of thumb: make max_period about as large as the range of t.
 #
 # The default, 10000, was chosen for the positions of words in a text (Vaswani et al. 2017); diffusion models kept it
-# for t = 0, 1, ..., 999. So does the lecture, although its conditional model (notebook 28) feeds in t from 0 to 1, so
-# most columns barely vary. The lecture calls another value "worth an experiment", but doesn't run one.
+# for t = 0, 1, ..., 999. The lecture keeps it too, although its conditional model (notebook 28) feeds in t from 0 to 1,
+# so most columns barely vary. The lecture calls another value "worth an experiment", but doesn't run one.
 def linear_fit(matrix, t):
     """R² of the best linear prediction of t `(n,)` from the columns of matrix `(n, columns)`; 1 is perfect."""
     columns = torch.cat([matrix, torch.ones(len(t), 1)], dim=1).double()  # and a constant
@@ -145,12 +145,12 @@ def show_max_period():
 
 
 # %% 5. An aside: "3 later" is a rotation
-# The U-Net doesn't use this, but it is why transformers got sines for their positions (Vaswani et al. 2017,
-# section 3.5). Adding 3 to t turns each hand by a fixed angle of its own, whatever t is. And turning is linear:
-# sin(a + b) and cos(a + b) are weighted sums of sin(a) and cos(a), with weights that depend on b alone. So one matrix
-# serves all times, and a single linear layer can learn it. Turning two embeddings by the same angles changes neither
-# their lengths nor the angle between them. So their dot product depends only on how far apart the times are, not on
-# the times themselves: it is the sum of cos(frequency * distance).
+# The U-Net of 03 doesn't use this, but it is why the first transformer encoded positions as sines (Vaswani et al. 2017,
+# section 3.5). Adding 3 to t turns each hand by a fixed angle of its own, whatever t is. And turning is linear: sin(a +
+# b) and cos(a + b) are weighted sums of sin(a) and cos(a), with weights that depend on b alone. So one matrix serves
+# all times, and a single linear layer can learn it. Turning two embeddings by the same angles changes neither their
+# lengths nor the angle between them. So their dot product depends only on how far apart the times are, not on the times
+# themselves: it is the sum of cos(frequency * distance).
 def shift_matrix(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t, if dim is even."""
     sines, cosines = timestep_embedding(torch.tensor([shift], dtype=torch.float64), dim, max_period)[0].chunk(2)

@@ -58,7 +58,7 @@ def show_reach():
 #
 #     softmax(Q Kᵀ / √d) V        Q, K, V: s rows, one for each token, d wide; `.mT` swaps the last two axes
 def attention_weights(q, k):
-    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i attends to every token, and
+    """Queries and keys `(..., s, d)` to weights `(..., s, s)`: row i says how much token i attends to each token, and
     sums to 1 (Vaswani et al. 2017, section 3.2.1)."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s; section 6 says why we divide
     return scores.softmax(dim=-1)
@@ -71,7 +71,7 @@ def attention(q, k, v):
 
 # Three tokens, each with four numbers that say how much ear, grass, brown and green it contains. Both ears offer "ear",
 # but only the left one has a colour. So the right ear's query asks for an ear with a colour, and it gets most of its
-# average from the left one. (We made up these projections, of 1, 0 and -1. A layer learns them.)
+# average from the left one. (We chose these projections by hand. A layer learns its own.)
 TOKENS, FEATURES = ("left ear", "right ear", "grass"), ("ear", "grass", "brown", "green")
 X = torch.tensor([[2.0, 0, 2, 0], [2, 0, 0, 0], [0, 2, 0, 2]])  # s d
 TO_Q = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 0, -1, 0], [0, 0, -1, 0]])  # third column: is a colour missing?
@@ -102,8 +102,8 @@ def show_tokens():
 
 # %% 3. Why softmax
 # Why not use the scores themselves as weights? They can have any sign and size. Softmax's weights are positive and sum
-# to one, so no average leaves the range of its channel's values. (Adding the average still makes a token grow.
-# But a layer starts with a norm, so it adds no more to a large token than to a small one: growth isn't exponential.)
+# to one, so no average leaves the range of its channel's values. (Adding averages can still make tokens grow. But a
+# layer starts with a norm (section 7), so what it adds doesn't grow with x: growth isn't exponential.)
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def show_average():
 
 
 # %% 4. An image is a sequence of pixels
-# The lecture flattens an image: each pixel becomes a token, row after row.
+# The lecture flattens an image: each pixel becomes a token, row by row.
 def pixel_attention(x):
     """Attention between the pixels of `(n, c, h, w)`, with the pixels themselves as queries, keys and values."""
     tokens = x.flatten(2).mT  # n c h w -> n c (h w) -> n (h w) c
@@ -154,22 +154,22 @@ def show_one_pixel():
         print(f"   {classes[label]}: {share:.0%} of the weight is over five columns away, beyond the reach", end=" ")
         print(f"of an 11 × 11 convolution (even weights: {even:.0%})")
         tools.plot_image(above, images[label, 0], classes[label])
-        tools.plot_image(below, weights, f"{share:.0%} far away (even: {even:.0%})", cmap="gray_r")
+        tools.plot_image(below, weights, f"{share:.0%} over 5 columns away\n(even weights: {even:.0%})", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
             axis.plot(column, row, "o", color=color, markerfacecolor="none", markersize=10)
-    figure.suptitle(f"The marked pixel attends to lookalikes, near and far ({name})")
+    figure.suptitle(f"The marked pixel attends to lookalikes, near and far\n({name})")
     return figure
 
 
 # %% 5. What flattening loses
-# Attention comes from language models, whose tokens really form a sequence. Flattening an image into one is a hack, as
-# the lecture says, and known to be suboptimal. Attention can't see which pixels were neighbours, because it is
-# permutation-equivariant: if you permute its input, its output is permuted in the same way, and nothing else changes.
+# Attention comes from language, where tokens really form a sequence. Flattening an image into one is a hack, as the
+# lecture says. Attention can't see which pixels were neighbours, because it is permutation-equivariant: if you permute
+# its input, its output is permuted in the same way, and nothing else changes.
 #
 # A U-Net can live with that, because its convolutions have already mixed each pixel with its neighbours. A transformer
 # (section 14) needs a positional encoding, such as a learned vector for each position.
 def permute_pixels(x, order):
-    """Pixel i of the result is pixel order[i] of x `(n, c, h, w)`, counted row after row."""
+    """Pixel i of the result is pixel order[i] of x `(n, c, h, w)`, counted row by row."""
     return x.flatten(2)[:, :, order].unflatten(2, x.shape[2:])
 
 
@@ -191,17 +191,17 @@ def show_shuffled_pixels():
         print(f"   {kind}, shuffled and put back in order: relative difference {relative_error(restored, plain):.0e}")
         low, high = plain[0, 0].min(), plain[0, 0].max()
         pictures += [2 * (part[0, :1] - low) / (high - low) - 1 for part in (plain, shuffled, restored)]
-    titles = ("of the garment", "of shuffled pixels", "put back in order")
-    title = f"Attention can't tell neighbours from strangers ({name})"
+    titles = ("output", "output for\nshuffled pixels", "put back\nin order")
+    title = f"Attention can't tell neighbours from strangers\n({name})"
     return tools.plot_grid(title, torch.stack(pictures), 3, list(layers), titles)
 
 
 # %% 6. Why the scores are divided by √d
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, the
 # sum has variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to
-# one winner. In a row that is nearly one-hot, the gradient is nearly zero, so a token that picked its winner at random
-# can hardly unlearn it. The other rows get much larger gradients: at d = 256, their queries' gradients are 30 times as
-# large as with the division. With it, no row is one-hot, and weights and gradients are about the same at every width.
+# one winner. A row that is nearly one-hot (all weight on one token) gets almost no gradient, so training can hardly
+# undo a winner picked at random; the other rows get far larger gradients than with the division. With it, no row is
+# one-hot, and weights and gradients are about the same at every width.
 @tools.section
 def show_division():
     torch.manual_seed(0)
@@ -213,7 +213,7 @@ def show_division():
             largest[name].append(weights.amax(dim=-1).mean())
             mean = largest[name][-1]
             print(f"   d {d:3} {name:14} scores ± {scores.std():5.2f}, largest weight {mean:.2f}")
-    title = "Without √d, one of 256 wide tokens takes most of the weight"
+    title = "If d is large, undivided scores favour a single token"
     labels = {"xscale": "log", "xlabel": "width d", "ylabel": "largest weight (mean of 256 rows)", "ylim": (0, 1)}
     return tools.plot_curves(title, dims, largest, **labels)
 
@@ -244,9 +244,9 @@ class SelfAttention(nn.Module):
 # three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
 # The lecture looks at the standard deviation after its layer. In a new layer, scores are small, so weights are nearly
-# even. Our random pixels are independent, so their average varies much less than they do (what is left is mostly the
-# biases). So the branch adds little, and the output nearly equals the input. (The pixels of a real image share a mean,
-# and their average keeps it, so the branch adds more: nearly the same vector to every pixel.)
+# even. Our random pixels are independent, so their average varies much less than they do (the rest is mostly the
+# biases). So the attention branch adds little, and the output nearly equals the input. (In a real image, channels have
+# nonzero means, which averaging keeps, so the branch adds more: nearly the same vector to every pixel.)
 @tools.section
 def show_layer():
     torch.manual_seed(0)
@@ -256,7 +256,7 @@ def show_layer():
     weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
     q, k, v = F.linear(tokens, weight, bias).chunk(3, dim=-1)  # n (h w) (three c) -> n (h w) c, three times
     error = relative_error(v, layer.v(tokens))
-    print(f"   with one projection {tuple(weight.shape)} instead of three: off by {error:.0e}")
+    print(f"   v from one projection {tuple(weight.shape)} instead of three: off by {error:.0e}")
     averages = attention(q, k, v)
     steps = {"x": x, "values": v, "averages": averages, "projected": layer.proj(averages), "x + projected": layer(x)}
     print("   standard deviations: " + ", ".join(f"{name} {step.std():.2f}" for name, step in steps.items()))
@@ -298,7 +298,7 @@ def show_heads():
 # `transpose` moves them by number. `rearrange` moves them by name, so you can read it, and it can check its input.
 #
 # Brackets on the left split an axis (give the sizes of all its parts but one); brackets on the right join axes. The
-# last name in brackets varies fastest. Each entry has a shape, the arguments of `rearrange`, and the same by hand.
+# last name in brackets varies fastest. Each example: an input shape, the arguments of `rearrange`, the same by hand.
 TOKEN_SHAPE, IMAGE_SHAPE = (2, 64, 32), (2, 32, 8, 8)
 EXAMPLES = [
     (TOKEN_SHAPE, "n s c -> n c s", {}, lambda x: x.transpose(1, 2)),
@@ -328,18 +328,18 @@ def show_rearrange():
     tokens = rearrange(images[:6, 0], "n h w -> (h w) n")
     n = tokens.shape[1]
     pictures = torch.cat([rearrange(tokens, "(h w) n -> n h w", h=28), tokens.reshape(n, 28, 28)])[:, None]
-    title = f"Back from (h w) n: reshape scrambles the pixels without an error ({name})"
+    title = f"reshape scrambles the pixels, without an error\n(from (h w) n to n h w; {name})"
     return tools.plot_grid(title, pictures, n, ["rearrange", "reshape"])
 
 
 # %% 10. The layer with heads
 # The heads can also keep an axis of their own: matrix multiplication treats all axes before the last two as a batch.
-# (The lecture splits off the heads before q, k and v, so its weight rows come in another order; ours match PyTorch's.)
+# (The lecture splits off the heads before q, k and v, so the rows of its weight matrix are ordered differently.)
 class MultiHeadSelfAttention(nn.Module):
     """Every token attends to all tokens, in several heads at once. Tokens `(n, s, c)` in and out, no norm, no residual.
 
     channels: c. heads: how many, each `channels // heads` wide. attention_fn: turns q, k and v into averages; section
-    13 has a faster one. Raises ValueError if heads doesn't divide channels. (Vaswani et al. 2017, section 3.2.2;
+    13 has a leaner one. Raises ValueError if heads doesn't divide channels. (Vaswani et al. 2017, section 3.2.2;
     lecture section "multi-head attention".)
     """
 
@@ -381,7 +381,7 @@ class AttentionBlock(nn.Module):
         return x + rearrange(attended, "n (h w) c -> n c h w", h=x.shape[2])
 
     def weights(self, x):
-        """`(n, heads, h w, h w)`: row i says how much pixel i attends to every pixel."""
+        """`(n, heads, h w, h w)`: row i says how much pixel i attends to each pixel."""
         return self.attention.weights(rearrange(self.norm(x), "n c h w -> n (h w) c"))
 
 
@@ -393,7 +393,7 @@ def show_block():
     print(f"   tokens {tuple(tokens.shape)} -> q {tuple(q.shape)} -> weights {tuple(layer.weights(tokens).shape)}")
     folded = (heads_to_batch(part, 4) for part in layer.qkv(tokens).chunk(3, dim=-1))
     by_hand = layer.proj(batch_to_heads(attention(*folded), 4))
-    print(f"   the lecture's way: off by {relative_error(by_hand, layer(tokens)):.0e}")
+    print(f"   heads folded into the batch, as in section 8: off by {relative_error(by_hand, layer(tokens)):.0e}")
     x = torch.randn(2, 32, 8, 8)
     print(f"   for pixels: {tuple(x.shape)} -> {tuple(AttentionBlock(32, heads=4, groups=4)(x).shape)}")
 
@@ -401,10 +401,10 @@ def show_block():
 # %% 11. What heads are for
 # A toy task: every pixel of an image holds a pattern of six numbers, and two pixels, at random positions, are marked as
 # the left and the right ear. Every pixel must output both ears' patterns, the left ear's first. With one head, a pixel
-# gets one average of the two ears. The values are linear in the pixel, so both ears write into the same channels, and
-# about half of the answer is lost. With two heads, each can attend to one ear.
+# gets one average. The values are linear in the pixel, so an average of both ears mixes their patterns in the same
+# channels. Mix them or drop one: about half of the answer is lost. With two heads, each can attend to one ear.
 #
-# One head fails only as long as the values are linear in the pixel. After a nonlinear layer, each ear could write into
+# One head fails only because the values are linear in the pixel. With a nonlinear layer in front, each ear could get
 # channels of its own: with 96 hidden channels, one of two runs learned that in 1,000 steps (error 0.002; the other,
 # 0.49). Two heads need less luck: seven of eight runs learned the task in 200 steps.
 SIDE, PATTERN = 5, 6
@@ -453,7 +453,7 @@ def show_ears():
             print(f"      head {head} gives {left:.0%} of its weight to the left ear, {right:.0%} to the right one")
             panels[f"head {head} of {heads}"] = weights[0, head - 1]
     pictures = torch.stack(list(panels.values())).view(-1, 1, SIDE, SIDE)  # weights, from 0 to 1
-    title = "With linear values, one head loses an ear; two heads keep both"
+    title = "With linear values, one head loses an ear; two don't"
     return tools.plot_grid(title, 2 * pictures - 1, 4, titles=list(panels))
 
 
@@ -487,9 +487,9 @@ def show_torch():
 
 # %% 13. The fused kernel, and where to put attention
 # Every pixel attends to every pixel, so twice the side means four times the tokens and sixteen times the attention
-# weights. Those of one image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel (Dao
-# et al. 2022) computes a block of weights, uses it, forgets it, and computes it again for the backward pass. So it
-# never holds more than one block. For large images it is also faster, although it computes more: memory is slow.
+# weights. Those of one image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel, one
+# routine for the whole formula (Dao et al. 2022), computes a block of weights, uses it, forgets it, and computes it
+# again for the backward pass. So it never holds them all, and is faster for large images, because memory is slow.
 #
 # But every pixel still meets every pixel, so the kernel's time grows in the same way. That is why many U-Nets have
 # attention at low resolutions only, where a pixel also stands for a whole region.
@@ -534,7 +534,7 @@ def saved_bytes(layer, x, *inputs):
 
 
 def cost_layers(channels=64, heads=8):
-    """The layers to compare: attention by hand, the same fused, and a convolution."""
+    """The layers to compare: attention by hand, fused attention, and a convolution."""
     by_hand, fused = (AttentionBlock(channels, heads, attention_fn=kind) for kind in (attention, fused_attention))
     return {"by hand": by_hand, "fused": fused, "3×3 convolution": nn.Conv2d(channels, channels, 3, padding=1)}
 
@@ -558,10 +558,10 @@ def show_cost():
         print(f"   {side:2} × {side:2}: {cells}")
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.8))
     for axis, lines, label in zip(axes, (seconds, kept), ("milliseconds", "megabytes kept"), strict=True):
-        tools.plot_lines(axis, SIDES, lines, xlabel="side of the image", ylabel=label, xscale="log", yscale="log")
-    ratios = ", ".join(f"{name} {values[-1] / values[-2]:.0f} times" for name, values in seconds.items())
-    said = f"(time at {SIDES[-1]} pixels a side, relative to {SIDES[-2]}: {ratios})"
-    figure.suptitle(f"Doubling the side slows attention more than convolution\n{said}", fontsize=11)
+        tools.plot_lines(axis, SIDES, lines, xlabel="image side (pixels)", ylabel=label, xscale="log", yscale="log")
+    ratios = ", ".join(f"{name} × {values[-1] / values[-2]:.0f}" for name, values in seconds.items())
+    subtitle = f"(time from {SIDES[-2]} to {SIDES[-1]} pixels a side: {ratios})"
+    figure.suptitle(f"Doubling the side slows attention more than convolution\n{subtitle}", fontsize=11)
     return figure
 
 
@@ -573,7 +573,7 @@ def show_cost():
 class TransformerBlock(nn.Module):
     """Tokens `(n, s, c)` in and out. Raises ValueError if heads doesn't divide channels.
 
-    Norm first, as in Dosovitskiy et al. 2021, section 3.1.
+    Norm first (Dosovitskiy et al. 2021, section 3.1).
     """
 
     def __init__(self, channels, heads):
@@ -601,7 +601,7 @@ def to_torch_encoder(blocks):
 
 
 class VisionTransformer(nn.Module):
-    """Images `(n, channels_in, size, size)` to a score for each class, `(n, n_classes)`.
+    """Images `(n, channels_in, size, size)` to class logits `(n, n_classes)`.
 
     A token is a patch of `patch × patch` pixels; a learned vector says where the patch was. Dosovitskiy et al. 2021
     classify the output of an extra token; we classify the mean over all patches. Raises ValueError if patch doesn't
@@ -639,15 +639,15 @@ class VisionTransformer(nn.Module):
 # pre-trained: with 300 million labelled images it beat the convolutional nets of its day (Dosovitskiy et al. 2021). It
 # can also learn without labels, by filling in hidden patches (Xie et al. 2022).
 #
-# With few labelled garments, ours falls behind a convolutional net with as many parameters. Pre-training it without
-# labels on all 60,000 images closes four fifths of the gap if 600 are labelled, and half of it if 2,400 or 9,600 are
-# (docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
+# With 600 to 9,600 labelled images of Fashion-MNIST, ours falls behind a convolutional net with as many parameters.
+# Pre-training it on all 60,000, without labels, closes four fifths of the gap at 600, and about half at 2,400 and 9,600
+# (three seeds; docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
 @tools.section
 def show_transformer():
     torch.manual_seed(0)
     model, image = VisionTransformer().requires_grad_(False), tools.load_one_of_each()[0][-1:]  # n c h w
     patches = model.to_patches(image)
-    steps = {"image": image, "patches": patches, "tokens": model.embed(patches), "scores": model(image)}
+    steps = {"image": image, "patches": patches, "tokens": model.embed(patches), "logits": model(image)}
     print("   " + " -> ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
     shuffled = patches[:, torch.randperm(patches.shape[1])]
     shuffled = rearrange(shuffled, "n (h w) (p1 p2 c) -> n c (h p1) (w p2)", h=7, p1=4, p2=4)
@@ -695,14 +695,14 @@ def show_elsewhere():
 
 # %% 16. Attention can be a convolution
 # A 3×3 convolution is nine heads, each attending to one of the nine pixels under the kernel (Cordonnier et al. 2020).
-# The scores depend on positions only. If a head wants pixel j, pixel i's score is minus the squared distance from i to
-# j, times a number so large that j itself gets all the weight. (This too is a dot product, of position features:
-# -|i-j|² = 2 i·j - |i|² - |j|².) Beyond the border there is no pixel to want. Softmax would give the weight to the
-# nearest one, but a convolution reads a zero there. So we add a token of zeros, at a squared distance of 0.5: farther
-# than the wanted pixel, closer than any other.
+# The scores depend on positions only. If a head wants pixel j, each pixel i scores minus its squared distance to j,
+# times a number so large that j itself gets all the weight. (This too is a dot product, of position features: -|i-j|² =
+# 2 i·j - |i|² - |j|².) Beyond the border there is no pixel to want. Softmax would give the weight to the nearest one,
+# but a convolution reads a zero there. So we add a token of zeros, at a squared distance of 0.5: farther than the
+# wanted pixel, closer than any other.
 #
-# In every head, a pixel's value is *all* its channels. In section 10's layer, nine heads would share them: each could
-# apply only a matrix of rank at most c / 9, and not every convolution can be built from such matrices.
+# In every head, a pixel's value is *all* its channels. In section 10's layer, each of nine heads has only c / 9 values:
+# it could apply only a matrix of rank c / 9 or less, and not every convolution can be built from such matrices.
 class PositionAttention(nn.Module):
     """Attention by position alone: head i attends to the pixel offsets[i] `(rows, columns)` away, or to zeros beyond
     the border. Activations `(n, channels_in, h, w)` to `(n, channels_out, h, w)`."""

@@ -1,10 +1,10 @@
-"""Lesson 3: a U-Net learns to remove noise, and so to make garments.
+"""Lesson 3: a U-Net learns to remove noise, which is enough to make pictures of garments.
 
-First we build the network, step by step and without time. Then we add noise and time, and sample; the training loop
-comes last (lecture sections "U-Net" and "unconditional model"; notebook 26).
+First we build the network, step by step, without the time embedding. Then come noise, time and sampling, and at last
+the training loop (lecture sections "U-Net" and "unconditional model"; notebook 26).
 
     python 03_unet_uncond.py [--no-time] [--epochs E] [--help]   trains the unconditional model and samples from it
-    python 03_unet_uncond.py --show                              prints and draws what the sections say, in two minutes
+    python 03_unet_uncond.py --show                              runs the sections, in two minutes
 """
 
 import copy
@@ -23,16 +23,16 @@ from tqdm import tqdm
 
 import lesson_tools as tools
 
-lesson1 = importlib.import_module("01_time_embedding")  # `import 01_…` isn't valid Python: no name starts with a digit
+lesson1 = importlib.import_module("01_time_embedding")  # not `import 01_…`: a name can't start with a digit
 
 
 # %% 1. A convolution comes after its norm and its activation
 # A signal must survive every layer, or the last ones never see the image. A shortcut, x + ..., lets it through; but an
-# activation *after* the sum, as in the lecture's first residual blocks, bends it again, block after block. Put the norm
-# and the activation before each convolution instead, and a block's output is a plain sum.
+# activation *after* the sum, as in the original residual blocks, bends it again, block after block. Put the norm and
+# the activation before each convolution instead, and a block's output is a plain sum.
 #
-# Here are the same layers in both orders; x stays `(n, c, h, w)`. Every branch is scaled to the same size, so only the
-# order differs. (Unscaled, the difference is even larger: a norm at the end makes the branch as large as the signal.)
+# Here are the same layers in both orders; x keeps its shape `(n, c, h, w)`. Every residual branch is scaled to standard
+# deviation 1, so only the order differs. (Unscaled, the difference is even larger.)
 def unit(h):
     return h / h.std()
 
@@ -44,7 +44,7 @@ def activate_last(x, convs, norms):
 
 
 def activate_first(x, convs, norms):
-    """Activations in front of the convolutions (He et al. 2016, "Identity Mappings in Deep Residual Networks")."""
+    """Activations before the convolutions (He et al. 2016, "Identity Mappings in Deep Residual Networks")."""
     h = convs[0](F.silu(norms[0](x)))
     return x + unit(convs[1](F.silu(norms[1](h))))
 
@@ -74,13 +74,13 @@ def show_order():
     x = nn.Conv2d(1, 16, 3, padding=1)(images).detach()  # n c h w
     shown, pictures, left = (0, 1, 2, 5, 10, 20), [], {}
     for order in (activate_first, activate_last):
-        states, label = signal_through(order, x / x.std()), order.__name__.replace("_", " ")
+        states, label = signal_through(order, unit(x)), order.__name__.replace("_", " ")
         left[label] = [correlation(states[i], x) for i in shown]
-        print(f"   {label}: correlation with the input", *(f"{value:.2f}" for value in left[label]))
+        print(f"   {label}: correlation after {shown} blocks:", *(f"{value:.2f}" for value in left[label]))
         pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
     first, last = (values[-1] for values in left.values())
-    said = f"(correlation after 20 blocks: {first:.2f}; if they come last, {last:.2f}; {name})"
-    title = f"More of an image survives if activations come first\n{said}"
+    subtitle = f"(correlation after 20 untrained blocks: {first:.2f}, or {last:.2f} if they come last; {name})"
+    title = f"More of an image survives if activations come first\n{subtitle}"
     return tools.plot_grid(title, torch.stack(pictures).clamp(-1, 1), 6, left, [f"after {i}" for i in shown])
 
 
@@ -89,7 +89,7 @@ def show_order():
 # the mean and variance over a few channels of one image. Batch norm, which the lecture uses, averages over the whole
 # batch. Our batches will mix noise levels, so one image's activations would depend on how noisy the others are. (Even
 # so, batch norm gave better samples after one epoch: docs/measurements.md. We still prefer a norm that keeps images
-# independent, and does the same in training and in sampling.)
+# independent, and works the same way in training and in sampling.)
 class PreActConv(nn.Module):
     """GroupNorm, SiLU, 3×3 convolution: `(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
 
@@ -109,10 +109,11 @@ def zero_(layer):
     return layer
 
 
-# A block adds the output of two convolutions to its input. The second starts at zero, so a new block changes nothing
-# (except perhaps the width): the network starts out shallow, and each block joins in once it has learned something.
+# A block adds the output of two convolutions to its input. The second starts at zero, so a new block returns its input
+# unchanged (or, if the number of channels changes, a 1×1 convolution of it): the network starts out shallow, and each
+# block joins in once it has learned something.
 class ResBlock(nn.Module):
-    """Two pre-activation convolutions and a shortcut, which is a 1×1 convolution if the width changes."""
+    """Two pre-activation convolutions and a shortcut, which is a 1×1 convolution if the channels change."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -133,18 +134,19 @@ def show_block():
     h = wider.conv1(x)
     steps = {"x": x, "conv1": h, "conv2": wider.conv2(h), "shortcut(x)": wider.shortcut(x), "sum": wider(x)}
     print("   " + ", ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
-    print(f"   a new block of the same width changes its input by {(ResBlock(16, 16, 4)(x) - x).abs().max():g}")
+    print(f"   a new block, 16 channels in and out, changes its input by {(ResBlock(16, 16, 4)(x) - x).abs().max():g}")
     noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])  # the first image stays the same
     for name, norm in {"batch": nn.BatchNorm2d(16), "group": nn.GroupNorm(4, 16)}.items():
         change = (norm(noisier) - norm(x))[0].norm() / norm(x)[0].norm()
-        print(f"   {name} norm: with noise of strength 3 on the others, an image's activations change by {change:.0%}")
+        print(f"   {name} norm: with noise of deviation 3 on the others, an image's activations change by {change:.0%}")
 
 
 # %% 3. Saved: the up path will need what the down path computed
-# This mix-in saves what another class's `forward` returns. In `class SavedConv(Saved, nn.Conv2d)`, `super()` is Conv2d,
-# because Python searches the bases from left to right (the method resolution order). Swap the two, and Python finds
-# Conv2d's `forward` first, so ours never runs. (A list of outputs would do for our U-Net. The lecture's down path is an
-# `nn.Sequential`, which keeps no list.)
+# A U-Net shrinks the image on its down path and enlarges it again on its up path, which also needs what the down path
+# computed. So this mix-in saves the output of another class's `forward`. In `class SavedConv(Saved, nn.Conv2d)`, the
+# `super()` inside Saved means Conv2d, because Python searches the bases from left to right (the method resolution
+# order). Swap the two, and Python finds Conv2d's `forward` first, so ours never runs. (A list of outputs would do for
+# our U-Net. The lecture's down path is an `nn.Sequential`, which keeps no list.)
 class Saved:
     """Keeps a module's output until the up path takes it."""
 
@@ -155,14 +157,14 @@ class Saved:
         return self.saved
 
     def take(self):
-        """Return the saved output and forget it, so that the module keeps no activation alive."""
+        """Return the saved output and forget it, so that its memory can be freed."""
         saved, self.saved = self.saved, None
         return saved
 
 
 # The lecture's second way needs no inheritance: a function wraps the module's `forward`. It is shorter, and it works on
 # any existing module. But a deep copy of the module still calls the original's forward, with the original's weights,
-# and we do copy our network, to average its weights. So we stick with the mix-in.
+# and we do copy our network, to average its weights (section 14). So we stick with the mix-in.
 def saved(module):
     """Make a module keep its output in `module.saved` from now on. Returns the module."""
     forward = module.forward
@@ -186,31 +188,32 @@ class SavedConv(Saved, nn.Conv2d):
 
 @tools.section
 def show_saved():
-    class MixedInBehind(nn.Conv2d, Saved):
+    class WrongOrder(nn.Conv2d, Saved):
         """What not to do."""
 
-    for kind in (SavedConv, MixedInBehind):
+    for kind in (SavedConv, WrongOrder):
         conv, x = kind(1, 4, 3), torch.randn(2, 1, 8, 8)
         order = " -> ".join(parent.__name__ for parent in kind.__mro__[:-1])
-        y, kept = conv(x), conv.saved
+        y = conv(x)
+        kept = conv.saved
         print(f"   {order}: runs {kind.forward.__qualname__}, saves {'nothing' if kept is None else tuple(kept.shape)}")
         print(f"      still computes the convolution: {torch.equal(y, F.conv2d(x, conv.weight, conv.bias))}")
     wrapped = saved(nn.Conv2d(1, 4, 3))
     twin = zero_(copy.deepcopy(wrapped))
     y = wrapped(x)
     print(f"   saved(conv): saves {tuple(wrapped.saved.shape)}")
-    print(f"      a copy with all weights zero still gives the output of the first: {torch.equal(twin(x), y)}")
+    print(f"      a copy with zeroed weights still gives the original's output: {torch.equal(twin(x), y)}")
 
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
 # Down: each level is a few residual blocks. A convolution of stride 2 then halves height and width, so 3×3 convolutions
 # see ever more of the garment. The next level has a quarter of the pixels but twice the channels, in and out, so each
 # pixel is four times the work: all levels cost about the same. (The strided convolution comes from DDPM's code. The
-# lecture warns against taking it for optimal: there are hardly any ablations.) `--no-time --preset lecture` trains this
-# network, with the lecture's 32 to 256 channels.
+# lecture warns against assuming that it is optimal: there are hardly any ablations.) `--no-time --preset lecture`
+# trains this network, with the lecture's 32 to 256 channels.
 #
-# Up: the same in reverse. Each block gets the activation so far, concatenated with one saved at the same size on the
-# way down. Each level has one block more here, because the convolution before its blocks was saved too.
+# Up: the same in reverse. Each block gets the current activation, concatenated with one saved at the same size on the
+# way down: a skip connection. Here each level has one more block, because the convolution before it was saved too.
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
@@ -224,7 +227,7 @@ class UNet(nn.Module):
         super().__init__()
         self.widths, self.groups = tuple(widths), groups
         self.conv_in = SavedConv(channels, widths[0], 3, padding=1)
-        width, skips = widths[0], [widths[0]]  # channels so far, and those of each saved activation
+        width, skips = widths[0], [widths[0]]  # current channels, and those of each saved activation
 
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         for level, new_width in enumerate(widths):
@@ -241,8 +244,8 @@ class UNet(nn.Module):
         self.middle = nn.ModuleList([self.make_block(width, width), self.make_block(width, width)])
 
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
-        for level, new_width in enumerate(reversed(widths)):  # the lowest level first
-            if level > 0:
+        for i, new_width in enumerate(reversed(widths)):  # from the bottom of the U up
+            if i > 0:
                 smooth = nn.Conv2d(width, width, 3, padding=1)  # smooths the 2×2 squares of equal pixels
                 self.upsample.append(nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), smooth))
             blocks = nn.ModuleList()
@@ -261,11 +264,11 @@ class UNet(nn.Module):
     def forward(self, x, embedding=None):
         """x and the result: `(n, channels, height, width)`. embedding: passed to every block, for section 8.
 
-        Raises ValueError if height or width can't be halved once for each level after the first.
+        Raises ValueError if height or width isn't a multiple of 2 ** (levels - 1).
         """
-        step = 2 ** len(self.downsample)
-        if x.shape[2] % step or x.shape[3] % step:
-            raise ValueError(f"height and width must be multiples of {step}, got {x.shape[2]} × {x.shape[3]}")
+        multiple = 2 ** len(self.downsample)
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple}, got {x.shape[2]} × {x.shape[3]}")
         h, savers = self.conv_in(x), [self.conv_in]  # n widths[0] height width
         for level, blocks in enumerate(self.down):
             if level > 0:
@@ -276,9 +279,9 @@ class UNet(nn.Module):
                 savers.append(block)
         for block in self.middle:
             h = block(h, embedding)
-        for level, blocks in enumerate(self.up):
-            if level > 0:
-                h = self.upsample[level - 1](h)  # n c h w -> n c 2h 2w
+        for i, blocks in enumerate(self.up):
+            if i > 0:
+                h = self.upsample[i - 1](h)  # n c h w -> n c 2h 2w
             for block in blocks:
                 h = torch.cat([h, savers.pop().take()], dim=1)  # n c+skip h w: the skip from the way down
                 h = block(h, embedding)  # n c+skip h w -> n new_width h w
@@ -301,18 +304,18 @@ def show_levels():
 
 
 # %% 5. What the skips are for
-# At the bottom of this small U, a garment is 7 × 7 pixels of 32 channels. That is room enough to say where its edges
-# run, but the network would have to learn to pack them into channels and to unpack them again. The skips hand them
+# At the bottom of the small U-Net below, a garment is 7 × 7 pixels of 32 channels. That is room enough to say where its
+# edges run, but the network would have to learn to pack them into channels and unpack them again. The skips hand them
 # straight across. What is that worth? We train a second network with its skips cut: every saved activation arrives as
-# zeros. Both start from the same weights, see the same batches, and learn to remove noise of the same strength.
+# zeros. Both start from the same weights, see the same batches, and learn to remove the same amount of noise.
 def cut_skips(network):
     for layer in network.modules():
         if isinstance(layer, Saved):
-            layer.take = lambda take=layer.take: torch.zeros_like(take())  # shadows the method, for this layer only
+            layer.take = lambda take=layer.take: torch.zeros_like(take())  # for this layer only; `take=` keeps its own
 
 
 def train_skips(cut, images, steps=100):
-    """A small U-Net trained to remove noise of strength 0.5 from images `(n, 1, h, w)`, and its loss at each step."""
+    """A small U-Net trained to remove noise of deviation 0.5 from images `(n, 1, h, w)`, and its loss at each step."""
     torch.manual_seed(0)
     network = UNet(1, (8, 16, 32), depth=1, groups=4)
     if cut:
@@ -343,7 +346,7 @@ def show_skips():
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
     tools.plot_lines(left, range(100), curves, xlabel="training step", ylabel="mean squared error", ylim=(0, 0.4))
     tools.plot_images(right, torch.cat(list(rows.values())), len(unseen), rows)
-    figure.suptitle(f"Without skips, edges blur\n({errors[1] / errors[0]:.1f} times the error after 100 steps; {name})")
+    figure.suptitle(f"Without skips, edges blur\n({errors[1] / errors[0]:.1f} times the error on 8 images; {name})")
     return figure
 
 
@@ -369,30 +372,31 @@ def show_noise():
     sigmas = torch.logspace(math.log10(0.02), math.log10(80), 10)
     x, titles = add_noise(garment, sigmas, torch.randn(10, 1, 28, 28)), []
     for sigma, picture in zip(sigmas, x, strict=True):
-        share = correlation(picture[None], garment)
-        print(f"   sigma {sigma:6.2f}: pixels {picture.min():7.1f} to {picture.max():6.1f}, correlation {share:5.2f}")
-        titles.append(f"σ = {sigma:.2g}\n{share:.2f}")
+        value = correlation(picture[None], garment)
+        print(f"   sigma {sigma:6.2f}: pixels {picture.min():7.1f} to {picture.max():6.1f}, correlation {value:5.2f}")
+        titles.append(f"σ = {sigma:.2g}\n{value:.2f}")
     x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True)
-    return tools.plot_grid(f"More noise, less correlation with the garment ({name})", x, 10, titles=titles)
+    title = f"More noise, less correlation with the garment\n(correlation: the number below each σ; {name})"
+    return tools.plot_grid(title, x, 10, titles=titles)
 
 
 # %% 7. Preconditioning: c_in, c_skip, c_out and c_noise
 # Two things would make learning hard. The standard deviation of x is 0.7 at low noise and 80 at high noise, but a
 # network works best with inputs of the same scale. And neither obvious target works at both ends. Predicting x0 fails
-# at low noise: x is nearly the answer, and a network that has to repeat its input adds errors of its own. Predicting
-# the noise fails at high noise: x0 is x - sigma · noise, and sigma multiplies every error. So the denoiser's answer is
+# at low noise: x is nearly the answer, and reproducing it only adds errors. Predicting the noise fails at high noise:
+# x0 is x - sigma · noise, and sigma multiplies every error. So we wrap the network in a *denoiser*, whose answer is
 #
 #     x0_hat = c_skip · x + c_out · network(c_in · x, c_noise)
 #
 # c_in scales x to variance one, whatever sigma is. c_skip passes on x itself, as far as it can be trusted: nearly all
 # of it at low noise, next to nothing at high noise. c_out scales what the network adds, so that the network's target
 # has variance one too: minus the noise at low noise, the garment at high noise, a mix of the two in between. (c_skip is
-# chosen to make c_out, which multiplies the network's errors, as small as possible.) c_noise is the time that the
-# network gets: ln(sigma) / 4, times a constant that makes the hands of 01's clock move.
+# chosen to make c_out, which multiplies the network's errors, as small as possible.) c_noise is the network's time
+# input: ln(sigma) / 4, times a constant that makes the hands of 01's clock move.
 #
 # The network can also work on patches (pixel_unshuffle): 2×2 pixels become one pixel with 4 channels, so it has only a
 # quarter of the pixels to process.
-TIME_SCALE = 1000  # so the time goes from -1151 to 1096; the max_period of 01 is four times that range
+TIME_SCALE = 1000  # so times run from -1151 to 1096; 01's max_period is over four times that range
 
 
 class Denoiser(nn.Module):
@@ -422,10 +426,10 @@ class Denoiser(nn.Module):
         return TIME_SCALE * sigma.log() / 4
 
     def forward(self, x, sigma, label=None):
-        """x: noisy images `(n, c, h, w)`. sigma: positive, `(n,)`, or a number for all. label: int64 `(n,)`, or None if
-        the network needs none. Returns x0_hat `(n, c, h, w)`."""
+        """x: noisy images `(n, c, h, w)`. sigma: positive, `(n,)`, or one number for all. label: int64 `(n,)`, or None
+        if the network needs none. Returns x0_hat `(n, c, h, w)`."""
         if not torch.is_tensor(sigma):
-            sigma = torch.full((len(x),), sigma, dtype=x.dtype, device=x.device)
+            sigma = x.new_full((len(x),), sigma)
         c_skip, c_out, c_in = self.scales(sigma.view(-1, 1, 1, 1))  # n 1 1 1, each
         with torch.autocast(x.device.type, self.precision, enabled=self.precision is not None):
             h = F.pixel_unshuffle(c_in * x, self.patch)  # n (c patch patch) h/patch w/patch
@@ -454,10 +458,10 @@ def show_preconditioning():
 
 
 # %% 8. Time
-# c_in gives every x about the same scale, so its size no longer says how noisy it is. (A flat background still does, at
-# least at low noise; section 14 measures what the time is worth.) So all blocks get the embedding of 01; each turns it
-# into a scale and a shift for each channel. These act *after* the second norm. The lecture applies them before it, but
-# there a group norm would remove whatever a group's channels have in common.
+# c_in gives every x about the same scale, so the scale no longer reveals the noise level. (At low noise, a flat
+# background still does; section 14 measures what time is worth.) So all blocks get the embedding of 01; each turns it
+# into a scale and a shift per channel. These act *after* the second norm. The lecture applies them before it, but there
+# a group norm would remove whatever a group's channels have in common. (Samples don't show it: docs/measurements.md.)
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation (adaptive group norm, or FiLM)."""
 
@@ -517,9 +521,7 @@ def show_time():
     torch.manual_seed(0)
     x, norm = torch.randn(4, 16, 14, 14), nn.GroupNorm(4, 16)
     before, after = (norm(3 * x + 1) - norm(x)).abs().mean(), (3 * norm(x) + 1 - norm(x)).abs().mean()
-    print(f"   scale 3, shift 1 on all channels: changes the output by {before:.0e} before the norm, {after:.1f} after")
-    for kind in (UNet, TimeUNet):
-        print(f"   {kind.__name__}: {count_parameters(kind(1, (16, 32), 1, 4)):,} parameters")
+    print(f"   scale 3, shift 1 change the output by {before:.0e} if applied before the norm, {after:.1f} if after")
 
 
 # %% 9. The loss
@@ -536,9 +538,9 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 
 
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
-# at high noise, with the mean over all pixels. So at first no noise level outweighs the others by much; later, the
-# loss is several times as high at both ends as in the middle (section 14).
-LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 levels drawn in training are in this range
+# at high noise, with the mean over all pixels. So at first no noise level outweighs the others by much; later, the loss
+# is several times as high at both ends as in the middle (section 14).
+LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 training levels (section 14) are in this range
 
 
 @torch.no_grad()
@@ -561,12 +563,11 @@ def show_loss():
 # We start from pure noise and take small steps towards the denoiser's prediction. At first, that prediction is nearly
 # the same for any noise: roughly the mean of all garments. Each step goes just far enough to bring the noise down to
 # the next sigma. The less noise there is, the more of a garment the denoiser sees in x, until x has become one.
-STEPS = 14  # with more, fewer trajectories go astray (section 11), but samples are no better (docs/measurements.md)
+STEPS = 14  # with more, fewer trajectories go astray (section 11), but 18 gave no better samples (docs/measurements.md)
 
 
 def noise_levels(steps=STEPS, rho=7):
-    """`steps` values from SIGMA_MAX to SIGMA_MIN, denser towards the small ones, and then 0 (Karras et al. 2022,
-    equation 5)."""
+    """`steps` values from SIGMA_MAX to SIGMA_MIN, denser at the small end, then 0 (Karras et al. 2022, equation 5)."""
     ramp = np.linspace(SIGMA_MAX ** (1 / rho), SIGMA_MIN ** (1 / rho), steps)
     return [*(ramp**rho).tolist(), 0.0]
 
@@ -592,7 +593,7 @@ def sample_ddim(denoise, noise, sigmas):
 
 @torch.no_grad()
 def sample_dpm(denoise, noise, sigmas):
-    """DPM-Solver++(2M): each step assumes that x0_hat goes on changing as in the step before, linearly in ln(sigma)
+    """DPM-Solver++(2M): each step assumes that x0_hat keeps changing as in the previous step, linearly in ln(sigma)
     (Lu et al. 2022, algorithm 2). Error ~ 1 / steps², still with one network evaluation (NFE) per step."""
     x, x0_hat_last, length_last = sigmas[0] * noise, None, None
     for sigma, sigma_next in pairwise(sigmas):
@@ -601,7 +602,7 @@ def sample_dpm(denoise, noise, sigmas):
         if sigma_next > 0:  # the last step is DDIM's
             length = math.log(sigma / sigma_next)
             if x0_hat_last is not None:
-                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_hat_last)  # x0_hat, extrapolated to halfway
+                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_hat_last)  # half a step ahead
             x0_hat_last, length_last = x0_hat, length
         x = target + sigma_next / sigma * (x - target)
     yield 0.0, x, x
@@ -628,8 +629,8 @@ def sample_heun(denoise, noise, sigmas):
 # down: x may come from any of them, with a probability that falls with the distance, so the best guess is their mean,
 # weighted by these probabilities. This is attention (02): x is the query, the images are keys and values, and the
 # scores are negative squared distances, divided by 2 sigma². So at high noise it predicts the mean of all images, at
-# low noise the nearest one. This denoiser can only reproduce its images. Our network makes new ones, which are at least
-# as far from the training images as test images are (docs/measurements.md).
+# low noise the nearest one. This denoiser can only reproduce its images. A trained network makes new ones: 04's samples
+# are typically a bit farther from the training images than test images are (docs/measurements.md).
 def ideal_denoiser(images):
     """denoise(x, sigma) for the samplers: the best possible if images `(m, c, h, w)` are all there is."""
 
@@ -667,13 +668,13 @@ def show_sampling():
     x_next = x0_hat + sigmas[1] / sigmas[0] * (x - x0_hat)  # n c h w: less noise, in the same direction
     states = list(sample_dpm(denoise, noise, sigmas))
     print(f"   sigma {sigmas[0]:.1f} to {sigmas[1]:.1f}: std of x {x.std():.1f} to {x_next.std():.1f}")
-    print(f"   by hand or by sample_dpm, largest difference: {(x_next - states[1][1]).abs().max():g}")
+    print(f"   by hand and by sample_dpm: largest difference {(x_next - states[1][1]).abs().max():g}")
     print("      sigma         std of x   of x0_hat    of x0_hat across the four images")
     for sigma, x, x0_hat in states[::3]:
         print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{pixel_std(x0_hat):36.2f}")
     early, late = pixel_std(states[0][2]), pixel_std(states[-1][2])
-    said = f"(a pixel's standard deviation across the four: {early:.2f} at first, {late:.2f} at the end; {name})"
-    return plot_denoising(f"Predictions start alike and end as different garments\n{said}", states)
+    subtitle = f"(ideal denoiser; a pixel's standard deviation across the four: {early:.2f}, then {late:.2f}; {name})"
+    return plot_denoising(f"Predictions start alike and end as different garments\n{subtitle}", states)
 
 
 # %% 11. Few steps or many
@@ -685,27 +686,27 @@ def show_sampling():
 def show_few_steps():
     images, name = tools.load_images("train", 1000)
     noise = torch.stack([starting_noise(0, 0, index, (1, 28, 28)) for index in range(100)])
-    counts, samplers, wrong = (3, 6, STEPS, 24, 48), {"ddim": sample_ddim, "dpm++": sample_dpm}, {}
+    counts, samplers, wrong = (3, 6, STEPS, 24, 48), {"DDIM": sample_ddim, "DPM-Solver++": sample_dpm}, {}
     *_, (_, ends, _) = sample_heun(ideal_denoiser(images), noise, noise_levels(400))  # x of the last state
-    print("   steps  " + "".join(f"{steps:8}" for steps in counts))
+    print("   wrong garments, after" + "".join(f"{steps:4}" for steps in counts) + " steps")
     for method, sample in samplers.items():
         wrong[method] = []
         for steps in counts:
             *_, (_, x, _) = sample(ideal_denoiser(images), noise, noise_levels(steps))
             wrong[method].append(int(((x - ends).abs().amax(dim=(1, 2, 3)) > 0.1).sum()))
-        print(f"   {method:7}" + "".join(f"{value:8}" for value in wrong[method]))
+        print(f"   {method:21}" + "".join(f"{value:4}" for value in wrong[method]) + "  of 100")
     ddim, dpm = (values[counts.index(STEPS)] for values in wrong.values())
-    said = f"(after {STEPS} steps, {dpm} of 100 end on a wrong garment; with DDIM, {ddim}; {name})"
+    subtitle = f"(ideal denoiser, {STEPS} steps: {dpm} of 100 end on a wrong garment; with DDIM, {ddim}; {name})"
     labels = {"xlabel": "steps", "ylabel": "wrong garments, out of 100", "ylim": 0}
-    return tools.plot_curves(f"dpm++ needs fewer steps than DDIM\n{said}", counts, wrong, **labels)
+    return tools.plot_curves(f"DPM-Solver++ needs fewer steps than DDIM\n{subtitle}", counts, wrong, **labels)
 
 
 # %% 12. One path in three coordinates: DDPM, EDM, flow matching
-# DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, at a thousand steps (Ho et al. 2020); EDM's is x0 + sigma noise
-# (notebook 26). Flow matching isn't in the lecture, but many later models use it. It mixes image and noise in
-# proportions that sum to one: z = (1 - t) x0 + t noise (Lipman et al. 2023, whose t runs the other way). Divide each by
-# its factor in front of x0, and all three become x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and sigma = t / (1 - t).
-# (Notebook 28 is DDPM at any t from 0 to 1, on pixels from -0.5 to 0.5, so its sigma is half of ours.)
+# DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, with ᾱ falling from 1 to 0 over a thousand steps (Ho et al. 2020); EDM's
+# is x0 + sigma noise (notebook 26). Flow matching isn't in the lecture, but many later models use it. It mixes image
+# and noise in proportions that sum to one: z = (1 - t) x0 + t noise (Lipman et al. 2023, whose t runs the other way).
+# Divide each by its coefficient of x0, and all three become x0 + sigma noise, with ᾱ = 1 / (1 + sigma²) and
+# sigma = t / (1 - t). (Notebook 28 is DDPM with a continuous t, on pixels from -0.5 to 0.5: its sigma is half of ours.)
 #
 # The velocity of z is noise - x0, and one Euler step along it *is* DDIM's step: both keep the predicted image and the
 # predicted noise, and mix them in new proportions.
@@ -721,10 +722,10 @@ def sample_flow(denoise, noise, times):
 
 @tools.section
 def show_coordinates():
-    kept = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))  # ᾱ of DDPM's thousand steps
+    ddpm_sigmas = np.sqrt(1 / np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)) - 1)  # a thousand; cumprod gives ᾱ
     print("     sigma        ᾱ        t   DDPM's step   notebook 28's time   time of our network")
     for sigma in (0.01, 0.047, 0.5, 1, 5, 80):
-        step = np.abs(np.log(1 / kept - 1) / 2 - np.log(sigma)).argmin()  # the nearest
+        step = np.abs(np.log(ddpm_sigmas / sigma)).argmin()  # the nearest
         print(f"   {sigma:7.3f}{1 / (1 + sigma**2):9.4f}{sigma / (1 + sigma):9.4f}{step:14d}", end="")
         print(f"{2 / math.pi * math.atan(sigma / 2):21.3f}{TIME_SCALE * math.log(sigma) / 4:22.0f}")
     torch.manual_seed(0)
@@ -735,15 +736,15 @@ def show_coordinates():
     print(f"   Euler's steps in t and DDIM's in sigma: largest difference {apart:.0e}")
 
 
-# %% 13. Not in the lecture: Muon, the optimiser of the convolutions
-# A few directions dominate the gradient of a matrix, so its weights hardly change along the others. Muon (Jordan et al.
-# 2024) takes the momentum, a running mean of gradients, and makes the step equally large in all directions: all
+# %% 13. Not in the lecture: Muon, an optimiser for convolutions
+# A few directions dominate the gradient of a weight matrix, so its weights hardly change along the others. Muon (Jordan
+# et al. 2024) takes the momentum, a running mean of gradients, and makes the step equally large in all directions: all
 # singular values become about 1. A convolution's weights form a matrix too: a row for each output channel, a column for
-# each number it sees.
+# each input value under its kernel.
 #
 # Muon never computes the singular values. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
-# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. G is square, with as
-# many rows as X, so we do the steps on G and multiply by X only once, at the end. (For a tall X, G = Xᵀ X is smaller.)
+# singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. For a wide X, G is
+# much smaller, so we do the steps on G and multiply by X only once, at the end. (For a tall X, Xᵀ X is the small one.)
 def orthogonalize(matrices):
     """A list of the matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.21 if they were at
     least 0.0015 of the matrix's norm). matrices: float32, all with the same shorter side."""
@@ -757,7 +758,7 @@ def orthogonalize(matrices):
 
 
 class Muon(torch.optim.Optimizer):
-    """Optimises convolutions' weights `(o, i, h, w)`, each taken as a matrix `(o, i h w)`. Matrices with the same
+    """Optimises convolution weights `(o, i, h, w)`, each viewed as a matrix `(o, i h w)`. Matrices with the same
     shorter side are orthogonalised together."""
 
     def __init__(self, weights, lr, momentum=0.95, weight_decay=0.001):
@@ -802,15 +803,15 @@ def show_muon():
         values[label] = torch.linalg.svdvals(matrix)[:12].tolist()
         print(f"   singular values {label:6}:", *(f"{value:.3f}" for value in values[label]))
     labels = {"xlabel": "direction", "ylabel": "singular value", "ylim": 0}
-    title = "Muon makes all directions of a step about equally large\n(singular values of a made-up matrix)"
+    title = "Muon makes a step about equally large in all directions\n(singular values of a made-up matrix)"
     return tools.plot_curves(title, range(1, 13), values, **labels)
 
 
 # %% 14. The training loop
 # Everything above comes together here. Warming up the learning rate keeps the first steps from throwing the weights
-# off; clipping, which matters less, keeps a batch with a large gradient from dominating the optimisers' averages.
-# Later, the weights jump about; their average is steadier, so we sample with it. (At the end, with a learning rate near
-# zero, the two are nearly the same, and averaging made no measurable difference here: docs/measurements.md.)
+# off; clipping keeps a batch with a large gradient from dominating the optimisers' averages. Later, the weights jump
+# about; their average is steadier, so we sample with it. (At the end, with a learning rate near zero, the two are
+# nearly the same, and averaging made no measurable difference here: docs/measurements.md.)
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 WARM_UP = 0.05  # the share of the steps during which the learning rate rises
 CLIP = 1.0  # the largest norm allowed for all gradients together
@@ -844,20 +845,19 @@ def schedule(step, steps):
 
 @torch.no_grad()
 def update_ema(ema, denoiser, step):
-    """Move the average towards the weights (an exponential moving average, EMA, with a growing window; Karras et al.
-    2024)."""
+    """Move the average towards the weights: an exponential moving average, EMA (Karras et al. 2024: growing window)."""
     for slow, fast in zip(ema.parameters(), denoiser.parameters(), strict=True):
         slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
 
 
-# Some noise levels are worth more training than others. At low noise the network's output is multiplied by c_out, there
-# about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly in
-# between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
+# Some noise levels are worth more training than others. At low noise the network's output is multiplied by c_out, which
+# there is about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly
+# in between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
 # docs/measurements.md.) Sampling starts at 80, which training hardly ever sees: one level in 2,000 is above 10. But
 # there is little to learn up there: c_in · x is almost pure noise, and the best answer is about the mean garment.
 #
-# An epoch is all images in random order. The randomness in a step depends only on the seed and the step (on one kind of
-# device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.
+# An epoch is one pass over all images in random order. A step's randomness depends only on seed and step (on one kind
+# of device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
     """The order in which an epoch goes through n images: `(n,)`."""
@@ -888,12 +888,12 @@ def draw_batches(images, labels, batch_size, seed, steps):
 # four learning rates and kept the best, so tuning doesn't explain the difference. (AdamW at 0.003, 0.006, 0.012 and
 # 0.024 reaches a mean test loss of 0.433, 0.410, 0.404 and 0.426.) In this run, after 600 steps, time has lowered the
 # loss by a tenth, and Muon by another seventh.
-def train_small(network_class, images, use, max_lr, steps=600):
+def train_small(network_class, images, make_optimizers, max_lr, steps=600):
     """A small denoiser trained on images `(n, 1, h, w)` in [-1, 1], with averaged weights, and its training losses.
-    use: `use_adamw` or `use_muon`."""
+    make_optimizers: `use_adamw` or `use_muon`."""
     torch.manual_seed(0)
     denoiser = Denoiser(network_class(4, (16, 32), depth=1, groups=4), float(images.std()), patch=2)
-    ema, optimizers = copy.deepcopy(denoiser), use(denoiser.parameters(), max_lr)
+    ema, optimizers = copy.deepcopy(denoiser), make_optimizers(denoiser.parameters(), max_lr)
     pixels, labels = ((images + 1) * 127.5).round().byte(), torch.zeros(len(images), dtype=torch.int64)
     batches = draw_batches(pixels, labels, 32, 0, range(steps))
     return ema, [float(loss) for _, loss, _ in train(denoiser, ema, optimizers, batches, steps)]
@@ -909,7 +909,7 @@ def show_training():
         "Muon and AdamW": (TimeUNet, images, use_muon, 0.0028),
     }
     curves, rows, means = {}, {}, []
-    print("   sigma            " + "".join(f"{sigma:7g}" for sigma in LEVELS) + "   mean")
+    print("   loss at sigma    " + "".join(f"{sigma:7g}" for sigma in LEVELS) + "   mean")
     for choice, arguments in choices.items():
         ema, losses = train_small(*arguments)
         curves[choice] = np.convolve(losses, np.full(50, 1 / 50), mode="valid")
@@ -922,8 +922,8 @@ def show_training():
     tools.plot_lines(left, range(50, 50 + len(curves[choice])), curves, **axes_labels)
     tools.plot_images(right, torch.cat(list(rows.values())), len(noise), rows)
     time, muon = means[1] / means[0] - 1, means[2] / means[1] - 1
-    said = f"test loss after {len(losses)} steps: {time:+.0%} with time, another {muon:+.0%} with Muon ({name})"
-    figure.suptitle(f"What time and Muon are worth in a short run\n{said}", fontsize=11)
+    subtitle = f"test loss after {len(losses)} steps: {time:+.0%} with time, another {muon:+.0%} with Muon ({name})"
+    figure.suptitle(f"In this short run, time and Muon each lower the loss\n{subtitle}", fontsize=11)
     return figure
 
 
@@ -934,7 +934,7 @@ PREVIEW_IMAGES = 200  # at least this many training images, and as many held-out
 class Preset(NamedTuple):
     widths: tuple[int, ...]  # channels of each level
     depth: int  # residual blocks per level
-    groups: int  # of the group norms; with fewer than 16 channels per group, bfloat16 is several times as slow on a CPU
+    groups: int  # of the group norms; below 16 channels per group, bfloat16 on a CPU takes several times as long
     patch: int  # side of the patches that the denoiser turns into channels
     attention_levels: tuple[int, ...]  # in 04
     head_dim: int  # channels per head, in 04
@@ -975,11 +975,10 @@ class RunSettings(NamedTuple):
 
 
 def pad(images, preset):
-    """Pad `(n, c, h, w)` with zeros, the background of uint8 images: just enough to make height and width divisible as
-    the network requires."""
-    unit = preset.patch * 2 ** (len(preset.widths) - 1)
-    bottom, right = (-size % unit for size in images.shape[2:])
-    return F.pad(images, (right // 2, right - right // 2, bottom // 2, bottom - bottom // 2))
+    """Pad `(n, c, h, w)` with zeros, the background of uint8 images, just enough for the network to halve its size."""
+    multiple = preset.patch * 2 ** (len(preset.widths) - 1)
+    rows, columns = (-size % multiple for size in images.shape[2:])  # to the next multiple
+    return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
 def crop(images, size):
@@ -1002,7 +1001,7 @@ def make_denoiser(network, settings, device):
     """A denoiser with that network, as fast as the device allows."""
     precision = tools.choose_precision(device)
     denoiser = Denoiser(network, settings.sigma_data, PRESETS[settings.preset].patch, precision)
-    return denoiser.to(device, memory_format=torch.channels_last)  # the memory layout in which convolutions are fastest
+    return denoiser.to(device, memory_format=torch.channels_last)  # usually the fastest for convolutions
 
 
 def load_denoiser(path, make_network, device, **asked):
@@ -1010,10 +1009,10 @@ def load_denoiser(path, make_network, device, **asked):
     settings it must match. Raises UserError if it doesn't, or if it can't be loaded."""
     checkpoint = tools.load_checkpoint(path, RunSettings, **asked)
     if checkpoint is None:
-        raise tools.UserError(f"{path}: no checkpoint there to sample from; train first, without --sample-only")
+        raise tools.UserError(f"{path}: no checkpoint to sample from; train first, without --sample-only")
     settings = checkpoint["settings"]
     if settings.preset not in PRESETS:
-        raise tools.UserError(f"{path}: its preset, {settings.preset!r}, must be one of {', '.join(PRESETS)}")
+        raise tools.UserError(f"{path}: unknown preset {settings.preset!r}; this version knows {', '.join(PRESETS)}")
     network = make_network(PRESETS[settings.preset], len(settings.classes))
     tools.check_same(path, settings, network=type(network).__name__)
     ema = make_denoiser(network, settings, device)
@@ -1024,7 +1023,7 @@ def load_denoiser(path, make_network, device, **asked):
 
 def new_run(options, path, make_network):
     """A new network, its `RunSettings`, the checkpoint it starts from (see `run_resumable`), and its training data:
-    images, uint8 `(n, 1, h, w)`, and labels, `(n,)`; the data is None if the run in the checkpoint has finished."""
+    images, uint8 `(n, 1, h, w)`, and labels, `(n,)`; the data is None if that run has finished and reading is slow."""
     preset_name = options.preset or "small"
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size
@@ -1075,7 +1074,8 @@ def fit(options, path, make_network, make_denoise, change_batches):
         print("training  finished in an earlier run; --restart starts over")
         return
     preset, denoiser = PRESETS[settings.preset], make_denoiser(network, settings, device)
-    ema, (images, labels) = copy.deepcopy(denoiser), (part.to(device) for part in dataset)
+    ema = copy.deepcopy(denoiser)
+    images, labels = (part.to(device) for part in dataset)
     max_lr = preset.max_lr * (settings.batch_size / preset.batch_size) ** 0.5  # gradient noise falls as 1 / sqrt(batch)
     muon, adamw = use_muon(denoiser.parameters(), max_lr)
     shared = tools.distribute(denoiser.network)  # the same weights; each process computes its share
@@ -1086,7 +1086,7 @@ def fit(options, path, make_network, make_denoise, change_batches):
         batches = change_batches(batches, len(settings.classes)) if change_batches else batches
         return train(trained, ema, [muon, adamw], tools.take_share(batches), settings.steps)
 
-    def draw(images, labels):  # for the previews, with other noise than in training
+    def draw(images, labels):  # for the previews, with different noise from training
         steps = range(math.ceil(PREVIEW_IMAGES / settings.batch_size))
         return list(draw_batches(images, labels, settings.batch_size, settings.seed + 1, steps))
 

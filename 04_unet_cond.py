@@ -6,7 +6,7 @@ Running it trains the conditional model and samples each class (lecture sections
     python 04_unet_cond.py [--epochs E] [--data-dir DIR] [--help]
     python 04_unet_cond.py --sample-only --class "Ankle boot" --n 16
     python 04_unet_cond.py --pretrained      samples at once, from the shipped weights
-    python 04_unet_cond.py --show            prints and draws what the sections say; best after training
+    python 04_unet_cond.py --show            runs the sections, with your network or the shipped one
 """
 
 import copy
@@ -31,7 +31,7 @@ PRETRAINED = tools.RUNS.parent / "data" / "pretrained" / "cond.pt"
 # %% 1. Attention after the residual block, and on which levels
 # Attention lets every pixel use what a convolution found anywhere: whether the left shoulder has a sleeve, say. So it
 # follows each residual block on the chosen levels, down and up, and one in the middle (notebook 28 has none there). The
-# skips are saved after it. Does it help? The lecturer hasn't seen it improve the FID in his own experiments.
+# skips are saved after the attention. Does it help? The lecturer hasn't seen it improve the FID in his own experiments.
 class AttentionResBlock(lesson3.TimeResBlock):
     """A residual block with room for attention after it. (A block doesn't know its level, so the U-Net adds it.)"""
 
@@ -56,21 +56,20 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
 
 
 # At 32 × 32 pixels a head has 1024² weights: 4 MB per image. With 4 heads in each of 5 blocks, the lecture's first
-# level would need 84 MB per image, or 43 GB for a batch of 512. At 16 × 16, with twice the heads, it is an eighth of
-# that. So the lecture leaves out the first level. A fused kernel (section 13 of 02) never stores the weights, but its
-# time still grows with the square of the number of pixels.
+# level would need 84 MB per image, or 43 GB for a batch of 512. At 16 × 16 it is an eighth. So the lecture has none
+# there. A fused kernel (section 13 of 02) never stores the weights, but its time grows with pixels².
 @tools.section
 def show_cost():
     preset = lesson3.PRESETS["lecture"]
     for level, width in enumerate(preset.widths):
         side, heads = 32 // 2**level, width // preset.head_dim
-        weights = 4e-6 * heads * side**4  # of 4 bytes each
+        weights = 4e-6 * heads * side**4  # MB, at 4 bytes per weight
         print(f"   {side:2} × {side:2} pixels, {heads:2} heads: {weights:5.2f} MB of weights per image, in each block")
 
 
 # %% 2. The label
-# How does a network take a label? Each class has a learned vector, its embedding. We add it to the embedding of the
-# time, so the label reaches every block, through its scale and shift.
+# How does a network take a label? Each class has a learned vector, its embedding. We add it to the time embedding, so
+# the label reaches every block, through its scale and shift.
 class CondUNet(lesson3.TimeUNet):
     """The U-Net with attention and a class label.
 
@@ -124,7 +123,7 @@ def load_demo_model():
 
 
 def generate(denoise, noise_ids):
-    """The images `(n, 1, h, w)` sampled with `denoise`. noise_ids: the (seed, label, index) of each one's noise."""
+    """The images `(n, 1, h, w)` sampled with `denoise`. noise_ids: one (seed, label, index) per image."""
     denoiser, settings = load_demo_model()
     noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
     *_, (_, x, _) = lesson3.sample_dpm(denoise, noise, lesson3.noise_levels())
@@ -141,18 +140,18 @@ def show_labels():
     noise_ids = [(0, 0, row) for row in range(rows) for _ in range(n)]
     images = generate(functools.partial(denoiser, label=label), noise_ids)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
-    by_label, by_noise = lesson3.pixel_std(table.transpose(0, 1)), lesson3.pixel_std(table)
-    said = f"(pixels' standard deviation: {by_label:.2f} across labels, {by_noise:.2f} across noises; {settings.data})"
-    title = f"Same noise in each row, a different label in each column\n{said}"
+    across, down = lesson3.pixel_std(table.transpose(0, 1)), lesson3.pixel_std(table)
+    subtitle = f"(pixels' standard deviation: {across:.2f} across a row, {down:.2f} down a column; {settings.data})"
+    title = f"The label picks the garment, the noise its look\n{subtitle}"
     titles = [name.replace(" ", "\n").replace("/", "/\n") for name in settings.classes]
     return tools.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
 
 
 # %% 3. Guidance: a line through two predictions
 # A model trained both with and without labels knows what a label changes. Its two predictions, without the label and
-# with it, are two points. Classifier-free guidance (Ho and Salimans 2022) follows the line from the first to
-# the second and keeps going: x0_hat = x0(label) + w · (x0(label) - x0(no label)). The garments get clearer, and fewer
-# look odd. Most software's guidance_scale is 1 + w. Papers write the same line for the noise, (x - x0_hat) / sigma.
+# with it, are two points. Classifier-free guidance (Ho and Salimans 2022) follows the line from the first to the second
+# and keeps going: x0_hat = x0(label) + w · (x0(label) - x0(no label)). The garments get clearer, and fewer look odd.
+# Most software's guidance_scale is 1 + w. Many papers draw the line for the noise, (x - x0_hat) / sigma.
 #
 # But guidance waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; see section 4), so the first 7
 # of 14 steps need only one prediction each. A network trained for longer needs less guidance (docs/measurements.md).
@@ -188,34 +187,34 @@ def show_line():
     weights = {"no label": -1, "label": 0, "guidance 0.5": 0.5, "guidance 1": 1, "guidance 3": 3}
     points = [guide(denoiser, label, w, math.inf)(x, 3.0) for w in weights.values()]
     away = [f"{(point - points[1]).square().mean().sqrt():.2f}" for point in points]
-    print(f"   guidance -1, 0, 0.5, 1, 3 at sigma 3: {', '.join(away)} away from the prediction with the label")
+    print(f"   RMS distance from the prediction with the label, at guidance -1, 0, 0.5, 1, 3: {', '.join(away)}")
     images = lesson3.crop(torch.cat(points), settings.size).cpu()
     title = f"Guidance extends the line from no label to label\n(one prediction of x0, at sigma 3; {settings.data})"
     return tools.plot_grid(title, images, n, weights)
 
 
 # %% 4. How strong, and from when
-# At high noise, the network decides the rough shape of a garment and how light it is. Guidance from the start makes the
-# garments of a class lighter, and more alike in shape and lightness. But if guidance waits until sigma is down to 3,
-# they vary as much as without it, even if w is 3 (measured in pixels, on only four garments of each class). Too much
-# guidance still makes only typical garments (docs/measurements.md).
+# At high noise, the network decides a garment's rough shape and brightness. Guidance from the start makes the garments
+# of a class brighter, and more alike in both. But if guidance waits until sigma is down to 3, they vary as much as
+# without it, even if w is 3 (measured in pixels, on only four garments of each class). More is not always better: with
+# too much guidance, classes are clear, but garments less like real ones (docs/measurements.md).
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()
-    n, many, rows, apart = len(settings.classes), 4, [], []  # many: samples per class
-    label = torch.arange(n, device=denoiser.device).repeat(many)
-    noise_ids = [(0, i, k) for k in range(many) for i in range(n)]
+    n, per_class, rows, spread = len(settings.classes), 4, [], []
+    label = torch.arange(n, device=denoiser.device).repeat(per_class)
+    noise_ids = [(0, i, k) for k in range(per_class) for i in range(n)]
     quiet = f"if σ ≤ {GUIDED_BELOW}"
     kinds = {"guidance 0": (0, 0), f"1, {quiet}": (1, GUIDED_BELOW), f"3, {quiet}": (3, GUIDED_BELOW)}
     kinds["3, always"] = 3, math.inf
     for name, (w, below) in kinds.items():
         images = generate(guide(denoiser, label, w, below), noise_ids)
         rows.append(images[:n])
-        apart.append(lesson3.pixel_std(images.unflatten(0, (many, n))))
-        print(f"   {name:14}: garments of a class {apart[-1]:.2f} apart; mean pixel {images.mean():.2f}")
-    said = f"{apart[0]:.2f} without guidance, {apart[2]:.2f} with w = 3 {quiet}, {apart[3]:.2f} with w = 3 always"
-    said = f"(spread within a class: {said}; {settings.data})"
-    title = f"Guidance from the start makes garments lighter and more alike\n{said}"
+        spread.append(lesson3.pixel_std(images.unflatten(0, (per_class, n))))
+        print(f"   {name:14}: spread within a class {spread[-1]:.2f}; mean pixel {images.mean():.2f}")
+    values = f"{spread[0]:.2f} without guidance, {spread[2]:.2f} with w = 3 {quiet}, {spread[3]:.2f} with w = 3 always"
+    subtitle = f"(spread within a class: {values}; {settings.data})"
+    title = f"Guidance from the start makes garments brighter and more alike\n{subtitle}"
     return tools.plot_grid(title, torch.cat(rows), n, list(kinds))
 
 
@@ -246,15 +245,15 @@ def show_blend():
         jumps = rows[-1].diff(dim=0).flatten(1).norm(dim=1)
         largest.append(float(jumps.max() / jumps.sum()))
     shares = f"{min(largest):.0%} to {max(largest):.0%}"
-    said = f"(the largest of {steps - 1} steps covers {shares} of the way; {settings.data})"
-    title = f"From class to class, the change is uneven\n{said}"
+    subtitle = f"(the largest of {steps - 1} steps covers {shares} of the way; {settings.data})"
+    title = f"From class to class, the change is uneven\n{subtitle}"
     return tools.plot_grid(title, torch.cat(rows), steps, names, [f"{i / (steps - 1):.0%}" for i in range(steps)])
 
 
 # %% 6. What a pixel depends on
 # Is any part of the image out of reach for a pixel of this U-Net? As in section 1 of 02, the gradient shows how much
-# one pixel of the prediction depends on each pixel of the input, now in a trained network. At high noise, it depends on
-# the whole garment: the network is still deciding what to make. In the end it depends mostly on its surroundings.
+# one pixel of the prediction depends on each pixel of the input, now in a trained network. At high noise, the pixel
+# depends on the whole garment: the network is still deciding what to make. At low noise, mostly on its surroundings.
 #
 # Switching off all attention hardly changes the picture: on the lower levels one pixel stands for many, so the
 # convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST that
@@ -275,10 +274,10 @@ def without_attention(denoiser):
     return plain
 
 
-def far_share(influence, row, column, near):
-    """The share of an influence `(h, w)` on one position that comes from more than `near` positions away."""
-    around = influence[max(0, row - near) : row + near + 1, max(0, column - near) : column + near + 1]
-    return float(1 - around.sum() / influence.sum())
+def far_share(weights, row, column, near):
+    """The share of a gradient or of attention weights `(h, w)` that lies over `near` positions from (row, column)."""
+    around = weights[max(0, row - near) : row + near + 1, max(0, column - near) : column + near + 1]
+    return float(1 - around.sum() / weights.sum())
 
 
 @tools.section
@@ -295,19 +294,19 @@ def show_reach():
             gradient = lesson2.input_gradient(functools.partial(model, sigma=sigma, label=label), x, row, column).cpu()
             title = f"σ = {sigma:.2g}: {far_share(gradient, row, column, near):.0%} far"
             tools.plot_image(axis, (gradient / gradient.max()).log10(), title, vmin=-4, vmax=0)
-    said = f"(far: over {near} pixels away; white: largest, black: 1/10,000 of it; {settings.data})"
-    figure.suptitle(f"At high noise, a pixel depends on the whole garment\n{said}")
+    subtitle = f"(far: over {near} pixels away; white: largest gradient, black: 1/10,000 of it; {settings.data})"
+    figure.suptitle(f"At high noise, a pixel depends on the whole garment\n{subtitle}")
     return figure
 
 
 # %% 7. Where a pixel looks
-# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? Of the
-# shipped network's first three heads, two look mostly nearby and one looks mostly along the edges of the image. Where
-# they look changes with the noise.
+# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? At one
+# pixel of a boot, in the shipped network's last attention layer, two of three heads look mostly nearby, and one looks
+# mostly along the edges of the image. Where they look changes with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
-    handle = layer.register_forward_pre_hook(lambda layer, inputs: caught.append(inputs[0].float()))
+    handle = layer.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0].float()))
     denoise(x, sigma)
     handle.remove()
     size = caught[0].shape[2:]  # h w
@@ -320,17 +319,17 @@ def show_look():
     layer = [part for part in denoiser.network.up.modules() if isinstance(part, lesson2.AttentionBlock)][-1]
     label = torch.tensor([len(settings.classes) - 1], device=denoiser.device)
     figure, axes = plt.subplots(3, 4, figsize=(8, 6))
-    for row, (sigma, x, x0_hat) in zip(axes, states_on_the_way(denoiser, settings, label), strict=True):
+    for line, (sigma, x, x0_hat) in zip(axes, states_on_the_way(denoiser, settings, label), strict=True):
         looks = catch_weights(layer, guide(denoiser, label, 0), x, sigma)[0, :3].cpu()  # heads h w h w
-        even = 1 - 25 / looks[0, 0, 0].numel()
-        y, place = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
-        tools.plot_image(row[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
-        for head, (axis, look) in enumerate(zip(row[1:], looks[:, y, place], strict=False), 1):
-            title = f"head {head}: {far_share(look, y, place, 2):.0%} far"
+        row, column = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
+        even = far_share(torch.ones(looks.shape[3:]), row, column, 2)
+        tools.plot_image(line[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)
+        for head, (axis, look) in enumerate(zip(line[1:], looks[:, row, column], strict=False), 1):
+            title = f"head {head}: {far_share(look, row, column, 2):.0%} far"
             tools.plot_image(axis, look, title, cmap="gray_r", vmin=0)
-            axis.plot(place, y, "s", color="tab:orange", markerfacecolor="none")
-    said = f"(far: over two positions away; even weights would give {even:.0%}; {settings.data})"
-    figure.suptitle(f"Different heads look at different positions\n{said}")
+            axis.plot(column, row, "s", color="tab:orange", markerfacecolor="none")
+    subtitle = f"(far: over two positions away; even weights would give {even:.0%}; {settings.data})"
+    figure.suptitle(f"Different heads look at different positions\n{subtitle}")
     return figure
 
 
@@ -346,16 +345,17 @@ def find_classes(text, classes):
             return found
         if found:
             raise tools.UserError(f"--class {text}: ambiguous; write {' or '.join(classes[label] for label in found)}")
-    if text.isdecimal() and int(text) < len(classes) and not any(name.isdecimal() for name in classes):
+    by_number = not any(name.isdecimal() for name in classes)
+    if text.isdecimal() and int(text) < len(classes) and by_number:
         return [int(text)]
-    last = len(classes) - 1
-    raise tools.UserError(f"--class {text}: must be one of {', '.join(classes)}, or a number from 0 to {last}")
+    numbers = f", or a number from 0 to {len(classes) - 1}" if by_number else ""
+    raise tools.UserError(f"--class {text}: must be one of {', '.join(classes)}{numbers}")
 
 
 def parse_options():
     parser, group = tools.make_run_parser(__file__, __doc__, lesson3.PRESETS)
     parser.add_argument("--class", dest="class_name", metavar="NAME-OR-ID", help="sample this class only")
-    default = f"{GUIDANCE:g}, or {GUIDANCE_LONG:g} after 600,000 images"
+    default = f"{GUIDANCE:g}, or {GUIDANCE_LONG:g} after 600,000 training images"
     guidance = tools.number(float, 0, 100)
     parser.add_argument("--guidance", metavar="W", type=guidance, help=f"guidance strength (default: {default})")
     group.add_argument("--pretrained", action="store_true", help="sample from the shipped weights")

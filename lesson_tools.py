@@ -80,7 +80,7 @@ def run_command(main):
     if is_cell(main):
         return
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # IPython's streams don't
+        if hasattr(stream, "reconfigure"):  # IPython's streams have no such method
             stream.reconfigure(errors="replace")  # at worst, "×" becomes a question mark, whatever the encoding
     try:
         main()
@@ -167,7 +167,7 @@ def plot_grid(title, images, columns, rows=(), titles=()):
 
 
 def plot_losses(title, losses, previews):
-    """A figure of the loss at each step so far `(n,)`, its running mean over 2 % of them, and the previews' losses."""
+    """A figure of the loss at each step so far `(n,)`, its running mean, and the previews' losses."""
     window = max(1, len(losses) // 50)
     smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     figure, axes = plt.subplots(figsize=(8, 4.5))
@@ -175,7 +175,7 @@ def plot_losses(title, losses, previews):
     axes.plot(range(window - 1, len(losses)), smooth, color="black", label="batches (running mean)")
     steps, _, measured = zip(*previews, strict=True)
     for name, line in zip(measured[0], ("--", "-"), strict=False):
-        values = [losses[name] for losses in measured]
+        values = [each[name] for each in measured]
         axes.plot(steps, values, line, color="tab:orange", marker="o", markersize=4, label=f"averaged weights, {name}")
     top = max(2.5 * np.median(losses), 1.5 * max(measured[-1].values()))
     axes.set(xlabel="step", ylabel="loss", ylim=(0, top), title=title)
@@ -209,16 +209,15 @@ def save_picture(figure, path, quiet=False):
     """Write the figure, say so, and close it. A failure only prints a line, so no result is lost."""
     try:
         write_atomically(path, functools.partial(figure.savefig, format="png"))
-        said = f"wrote {path}" * (not quiet)
-    except Exception as error:  # of any kind: a font may lack a name's characters
-        said = f"{path}: not written ({error})"
-    if said:
-        tqdm.write(said)
+        if not quiet:
+            tqdm.write(f"wrote {path}")
+    except Exception as error:  # of any kind: a picture isn't worth losing a run
+        tqdm.write(f"{path}: not written ({error})")
     plt.close(figure)
 
 
 def writable_folder(text):
-    """For argparse: a writable folder, created if necessary. Better to find out now than after training."""
+    """For argparse: a writable folder, created if necessary. Better to fail now than after training."""
     folder = Path(text).expanduser()
     try:
         if not text:
@@ -226,7 +225,7 @@ def writable_folder(text):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"must be a folder that can be written to ({error})") from error
+        raise argparse.ArgumentTypeError(f"must be a writable folder ({error})") from error
     return folder
 
 
@@ -296,7 +295,7 @@ def join_processes(device, found):
     if PROCESSES == 1:
         return
     if device.type == "cuda":
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()  # of this machine
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()  # on this machine
         if local >= gpus:
             raise UserError(f"more processes than GPUs ({gpus} here): lower --nproc-per-node")
         torch.cuda.set_device(local)
@@ -374,7 +373,7 @@ def restore(path, checkpoint, state):
 # %% A resumable run
 SAVE_EVERY = 120  # seconds
 HOURS = "about {:.1f} hours to go; to save time: --restart with a smaller --epochs, or 04_unet_cond.py --pretrained"
-PREVIEW_AT = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)  # of the steps
+PREVIEW_AT = (0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)  # fractions of the steps
 
 
 @contextlib.contextmanager
@@ -384,7 +383,7 @@ def stop_signals():
 
     def request_stop(number, frame):
         if not stops:  # print() isn't safe here: the signal may have interrupted another print()
-            os.write(2, b"\nstopping after this step, and saving; press Ctrl-C again to stop at once\n")
+            os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
         stops.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -401,8 +400,8 @@ def read_numbers(recent, step):
     """The numbers from a loop's latest steps, `(steps, numbers)`. Raises UserError if one is not finite."""
     values = torch.stack(recent).cpu()
     if not values.isfinite().all():
-        tip = "try --restart with another --batch-size or --seed (the last checkpoint is still good)"
-        raise UserError(f"the loss is no longer finite at step {step:,}: {tip}")
+        tip = "try --restart with another --batch-size or --seed, or --sample-only with the last checkpoint"
+        raise UserError(f"the loss is no longer finite by step {step:,}: {tip}")
     return values
 
 
@@ -450,7 +449,7 @@ def run_resumable(loop, preview, state, path, checkpoint):
             bar.update(size)
             last = bool(stops) or done == steps  # a signal from now on waits for the next step
             due = last or now > saved + SAVE_EVERY
-            if due or done in milestones or now > shown + 1:  # rarely, because reading a number waits for the GPU
+            if due or done in milestones or now > shown + 1:  # not at every step: reading waits for the GPU
                 losses[done - len(recent) : done] = read_numbers(recent, done)[:, 0]
                 recent, shown = [], now
                 bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean():.3f}", refresh=False)
@@ -508,12 +507,12 @@ def make_parser(script, description):
 
 
 def make_run_parser(script, description, presets):
-    """The parser of a script that trains, and its group of mutually exclusive options. The lesson sets the defaults of
+    """The parser for a training script, and its group of mutually exclusive options. The lesson sets the defaults of
     --n and --steps."""
     parser = make_parser(script, description)
     add, count = parser.add_argument, number(int, 1, 10**6)
     add("--data", choices=data.NAMES, default="auto", help="auto: Fashion-MNIST, or synthetic garments if unavailable")
-    add("--data-dir", metavar="DIR", help="IDX files, or a folder of images per class (default: $FASHION_MNIST_DIR)")
+    add("--data-dir", metavar="DIR", help="IDX files, or a subfolder of images per class (default: $FASHION_MNIST_DIR)")
     add("--preset", choices=presets, help="network and training settings (default: small)")
     add("--epochs", metavar="E", type=number(float, 1e-9, 1e6), help="passes over the data (default: from the preset)")
     add("--batch-size", metavar="B", type=count, help="images per training step (default: the preset's)")

@@ -30,15 +30,15 @@ class Dataset:
 def load(name="auto", split="train", data_dir=None, download=True):
     """A split of a data set, as a `Dataset`. Your own images are read when `.images` is first used.
 
-    name: "fashion-mnist" (or your own data in `data_dir`), "garments" (synthetic), or "auto": the former,
-        or garments if Fashion-MNIST is unavailable.
+    name: "fashion-mnist" (or your own data in `data_dir`), "garments" (synthetic), or "auto": Fashion-MNIST or your
+        data, but garments if Fashion-MNIST is unavailable.
     split: "train" or "test".
     data_dir: a folder with the four IDX files, or with one subfolder of images per class; None means
         `$FASHION_MNIST_DIR`, if it is set. Must be None for garments.
     download: whether Fashion-MNIST may be downloaded; if not, "auto" uses it only if it is already on disk.
 
-    Raises DataError, with a one-line message for the user, if files are missing or damaged (for your own images, only
-    once they are read); ValueError for an unknown name.
+    Raises DataError, with a one-line message for the user, if files are missing or damaged (your own images are
+    checked only when they are read); ValueError for an unknown name.
     """
     if name not in NAMES or split not in SPLITS:
         raise ValueError(f"no data set {name!r}, {split!r}: name is one of {NAMES}, split one of {SPLITS}")

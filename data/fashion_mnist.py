@@ -1,4 +1,4 @@
-"""Fashion-MNIST, or any data set in its file format: find or download the files, and check every byte.
+"""Fashion-MNIST, or any data set in its file format: find or download the files, and check them.
 
 Xiao, Rasul and Vollgraf, 2017: "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms".
 """
@@ -26,7 +26,9 @@ HOSTS = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
 )
 MOST_BYTES = 2**31  # of pixels in a file: a header that promises more is damaged
-MOST_FETCHED, SLOWEST, PATIENCE = 2**25, 10_000, 20  # bytes per download; bytes/s, averaged over that many seconds
+MOST_FETCHED = 2**25  # bytes per download
+SLOWEST = 10_000  # bytes/s
+PATIENCE = 20  # seconds over which the speed is averaged
 # each split's files (images, labels); each file's SHA-256, as distributed and unpacked
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -131,12 +133,15 @@ def read(folder, name, dimensions):
                 )
             shape = tuple(np.frombuffer(header, ">u4", dimensions, offset=4).tolist())
             expected = int(np.prod(shape, dtype=object))
-            content = file.read(expected + 1) if expected <= MOST_BYTES else b""  # no more, whatever it unpacks to
+            content = file.read(expected + 1) if expected <= MOST_BYTES else b""  # one byte too many shows an excess
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). Download it again, or pass --data garments") from error
     if len(content) != expected or expected == 0:
-        size, follow = " × ".join(map(str, shape)), "more" if len(content) > expected else f"{len(content)}"
-        raise DataError(f"{path}: its header promises {size} bytes of data, but {follow} follow")
+        size = " × ".join(map(str, shape))
+        raise DataError(
+            f"{path}: damaged: its header promises {size} bytes of data, which doesn't fit. Download it again, or pass "
+            "--data garments"
+        )
     # a copy, so that the array can be written to and does not keep the file's bytes alive
     array = np.frombuffer(content, np.uint8).reshape(shape).copy()
     return array, hashlib.sha256(header + content).hexdigest()

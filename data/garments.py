@@ -1,4 +1,4 @@
-"""Synthetic garments, drawn with NumPy alone, for machines that can't download Fashion-MNIST: same classes, same size.
+"""Synthetic garments, drawn with NumPy, for machines that can't download Fashion-MNIST: same classes and image size.
 
 A garment is a handful of polygons, painted over each other from back to front. Many images of a class are drawn at
 once, so whatever differs between them is an array (n,). Positions are in pixels, x from -14 (left) to 14 (right), y
@@ -176,7 +176,7 @@ def is_light(fabric):
 def upper_body(canvas, fabric, shoulder, chest, neck, waist, hem, sleeve):
     """Paint two sleeves, and the body between them. Returns the coverage of the body.
 
-    shoulder, chest: half their widths. neck, waist, hem: half the width and the y of each (the neck's in front).
+    shoulder, chest: half their widths. neck, waist, hem: half the width and the y of each (the neck's y at the front).
     sleeve: length (0 for none), angle away from the body in turns, width at the end.
     """
     top, armpit = 2, 8.5

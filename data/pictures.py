@@ -21,7 +21,7 @@ TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "valida
 
 
 def look(folder):
-    """A folder's subfolders, and its files that Pillow can read, both in alphabetical order and without hidden ones."""
+    """A folder's subfolders, and its files that Pillow can read, each sorted, without hidden ones."""
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX"))]
     return [path for path in paths if path.is_dir()], [path for path in paths if path.suffix.lower() in SUFFIXES]
 
@@ -29,16 +29,17 @@ def look(folder):
 def find(folder):
     """The training images and the test images, each as `{class: [paths]}`.
 
-    Folders whose names are in TRAIN and TEST are the splits, if there are no other folders. Otherwise every tenth image
-    of a class is held out for the test. If no class has ten, the largest class gives up its last one; if none has even
-    two, both splits contain everything.
+    If all folders have names in TRAIN and TEST, the first of each are the splits. Otherwise every tenth image of a
+    class is held out for testing. If no class has ten, the largest class gives up its last one; if none has even two,
+    both splits contain everything.
     """
     folders = {path.name.lower(): path for path in look(folder)[0]}
     train, test = ([folders[name] for name in names if name in folders] for names in (TRAIN, TEST))
     if train and test and folders.keys() <= {*TRAIN, *TEST}:
         return find_classes(train[0], folder.name), find_classes(test[0], folder.name)
     classes = find_classes(folder, folder.name)
-    last = max(classes.values(), key=len)[1:][-1:]
+    largest = max(classes.values(), key=len)
+    last = largest[-1:] if len(largest) > 1 else []
     held_out = {path for paths in classes.values() for path in paths[9::10]} or {*last}
     splits = [{name: [] for name in classes} for _ in range(2)]
     for name, paths in classes.items():
@@ -56,7 +57,7 @@ def find_classes(folder, name):
     if not any(classes.values()):
         files = ", ".join(name for names in FILES.values() for name in names)
         there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        contents = ", ".join(there[:5]) or "no file"
+        contents = ", ".join(there[:5]) or "no files"
         raise DataError(f"{folder}: needs one subfolder of images per class, or {files}; it contains {contents}")
     if empty := [name for name in classes if not classes[name]]:
         raise DataError(f"{folder / empty[0]}: no readable image; each class folder needs at least one")
@@ -89,7 +90,8 @@ def read_all(folder, files):
         try:
             images[path], has_colours = read(path)
             coloured += has_colours
-            grey += [path.name] * bool(np.ptp(images[path]) < 16)
+            if np.ptp(images[path]) < 16:
+                grey.append(path.name)
         except DataError as error:
             troubles.append(str(error))
     if troubles:
@@ -97,8 +99,8 @@ def read_all(folder, files):
     others = Counter(path.suffix for path in folder.rglob("[!.]*") if path.is_file() and path not in images)
     for count, what in (
         (others.total(), f"other files skipped ({', '.join(sorted(others))})"),
-        (coloured, f"of {len(images):,} images are in colour, and become greyscale"),
-        (len(grey), f"of {len(images):,} images become almost uniformly grey, such as {', '.join(grey[:1])}"),
+        (coloured, f"of {len(images):,} images converted from colour to greyscale"),
+        (len(grey), f"of {len(images):,} images come out almost uniformly grey, such as {', '.join(grey[:1])}"),
     ):
         if count:
             print(f"{folder.name}: {count:,} {what}")
@@ -114,7 +116,7 @@ def read(path):
             if upright.mode[0] in "IF":  # more than 8 bits per pixel; convert() would clip them at 255
                 values = np.asarray(upright)
                 if not ((values >= 0) & (values <= 65535) & (values == values.round())).all():
-                    raise ValueError("its values are not from 0 to 65535; save it with 8 or 16 bits")
+                    raise ValueError("its values are not whole numbers from 0 to 65,535; save it with 8 or 16 bits")
                 upright = Image.fromarray((values / 257).astype(np.uint8))
             picture = ImageOps.pad(upright.convert("RGBA"), (SIZE, SIZE))
     except Exception as error:  # of any kind: arbitrary bytes can fail anywhere

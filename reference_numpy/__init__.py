@@ -1,4 +1,4 @@
-"""The lecture's mathematics once more, in plain NumPy; the tests compare the PyTorch scripts with it.
+"""The lessons' mathematics again, in plain NumPy; the tests compare the PyTorch scripts with it.
 
 No torch, no classes: each function follows its formula step by step, with the shapes beside the steps. Only the
 convolution is written for speed, as an einsum over a view of all windows.

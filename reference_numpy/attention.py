@@ -18,7 +18,7 @@ def softmax(scores):
 
 def attention(q, k, v):
     """Queries, keys and values, each (tokens, d) -> for each token a weighted average of the values, (tokens, d)."""
-    scores = q @ k.T / np.sqrt(q.shape[1])  # (tokens, tokens): how well query i fits key j
+    scores = q @ k.T / np.sqrt(q.shape[1])  # (tokens, tokens): how well query i matches key j
     return softmax(scores) @ v
 
 
@@ -67,7 +67,7 @@ def causal_attention(q, k, v):
     return averages
 
 
-# A transformer block adds to each token the output of attention, and then that of a small network (an MLP).
+# A transformer block adds the output of attention to each token, then the output of a small network (an MLP).
 
 
 def layer_norm(tokens, weight, bias, eps=1e-5):
@@ -77,7 +77,7 @@ def layer_norm(tokens, weight, bias, eps=1e-5):
 
 
 def gelu(x):
-    """x times the probability that a standard normal number is smaller than x."""
+    """x times the probability that a standard normal variable is below x."""
     return x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2
 
 

@@ -77,18 +77,18 @@ def sample_ddim(denoise, noise, sigmas):
 def sample_dpm(denoise, noise, sigmas):
     """DPM-Solver++(2M): DDIM's step, with x0_hat extrapolated half a step ahead (Lu et al. 2022, algorithm 2)."""
     states = [sigmas[0] * noise]
-    before = []  # every x0_hat so far
+    x0_hats = []
     for i in range(len(sigmas) - 1):
         x = states[-1]
         x0_hat = denoise(x, sigmas[i])
-        before.append(x0_hat)
+        x0_hats.append(x0_hat)
         if sigmas[i + 1] == 0:  # all noise is gone, and x0_hat remains
             states.append(x0_hat)
             continue
         step = np.log(sigmas[i] / sigmas[i + 1])
         if i > 0:
             r = np.log(sigmas[i - 1] / sigmas[i]) / step
-            x0_hat = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * before[i - 1]
+            x0_hat = (1 + 1 / (2 * r)) * x0_hat - 1 / (2 * r) * x0_hats[i - 1]
         states.append(sigmas[i + 1] / sigmas[i] * x - (np.exp(-step) - 1) * x0_hat)
     return states
 

@@ -1,4 +1,4 @@
-"""The layers a U-Net is made of, each on activations (n, c, h, w): images, channels, height, width."""
+"""The layers a U-Net is made of. Activations are (n, c, h, w): images, channels, height, width."""
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view

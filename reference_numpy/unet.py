@@ -14,7 +14,7 @@ from reference_numpy.layers import convolution, group_norm, linear, silu, upsamp
 def residual_block(x, embedding, parameters, groups):
     """(n, c, h, w) -> (n, out, h, w): x plus the output of two convolutions.
 
-    embedding: (n, dim), which gives each channel its scale and shift, or None.
+    embedding: (n, dim), or None; gives each channel a scale and a shift.
     """
     p = parameters
     h = group_norm(x, groups, p["conv1.norm.weight"], p["conv1.norm.bias"])

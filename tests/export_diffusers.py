@@ -119,7 +119,7 @@ def export(path, folder):
         unet.save_pretrained(folder)
         EDMDPMSolverMultistepScheduler(**sigmas).save_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        raise tools.UserError(f"DIR must be a folder that can be written to ({error})") from error
+        raise tools.UserError(f"DIR must be a writable folder ({error})") from error
 
 
 def main():

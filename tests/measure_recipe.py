@@ -101,7 +101,7 @@ CHANGES = {
     "the lecture's denoiser": {"noise_prediction": True},
     "EDM's noise levels": {"levels": (-1.2, 1.2)},
     "batch norm": {"changes": (variants.batch_norm,)},
-    "scale and shift in front of the norm": {"changes": (variants.shift_first,)},
+    "scale and shift before the norm": {"changes": (variants.shift_first,)},
     "the last weights, no average": {"averaged": False},
     "no attention": {"changes": (variants.no_attention,)},
     "no time": {"changes": (variants.sines(scale=torch.zeros_like),)},

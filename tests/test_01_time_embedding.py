@@ -158,7 +158,7 @@ def test_import_does_nothing(script, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        *((["--out", path], "argument --out: must be a folder that can be") for path in ("file", "file/in", "locked")),
+        *((["--out", path], "argument --out: must be a writable folder") for path in ("file", "file/in", "locked")),
         (["--out"], "argument --out: expected one argument"),
         *((line.split(), f"unrecognized arguments: {line}") for line in ("--o folder", "more")),
     ],

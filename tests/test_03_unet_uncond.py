@@ -277,7 +277,7 @@ def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkey
     def load(**asked):
         return lesson3.load_denoiser(path, lesson3.make_network, device, **asked)
 
-    with pytest.raises(tools.UserError, match="no checkpoint there"):
+    with pytest.raises(tools.UserError, match="no checkpoint to sample from"):
         load()
     ema = lesson3.make_denoiser(lesson3.make_network(tiny, 2), settings, device)
     content = {"settings": settings._asdict(), "step": 11, "ema": ema.state_dict()}
@@ -289,7 +289,7 @@ def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkey
     for change, asked, complaint in (
         ({}, {"steps": 13}, "steps 12 there, 13 here"),
         ({"network": "UntimedUNet"}, {}, "network UntimedUNet there, TimeUNet here"),
-        ({"preset": "huge"}, {}, "its preset, 'huge', must be one of small, lecture"),
+        ({"preset": "huge"}, {}, "unknown preset 'huge'; this version knows small, lecture"),
     ):
         tools.save_checkpoint(path, content | {"settings": settings._replace(**change)._asdict()})
         with pytest.raises(tools.UserError, match=complaint):

@@ -518,7 +518,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path
     denoising_loss, handler = lesson3.denoising_loss, signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(lesson3, "denoising_loss", lambda *batch: denoising_loss(*batch) * torch.inf)
     _, errors = run(lesson4, *TINY, "--out", tmp_path, status=2)
-    assert "no longer finite at step 6: try" in errors.splitlines()[-1]
+    assert "no longer finite by step 6: try" in errors.splitlines()[-1]
     assert signal.getsignal(signal.SIGINT) is handler
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
@@ -567,8 +567,8 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--device", "abacus"], "cpu"),
         (["--class", "Hat", "--data", "garments"], "Ankle boot"),
         (["--rest"], "unrecognized"),
-        (["--out", __file__], "must be a folder that can be written to"),
-        (["--out", ""], "must be a folder that can be written to (its name is empty)"),
+        (["--out", __file__], "must be a writable folder"),
+        (["--out", ""], "must be a writable folder (its name is empty)"),
         (
             ["--data-dir", str(ROOT / "tests"), "--out", str(ROOT / "tests")],
             "--out must not lie in the --data-dir folder",
@@ -578,7 +578,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--data-dir", __file__], "a file, not a folder"),
         (["--data-dir", ""], "--data-dir is empty"),
         (["--data-dir", "", "--show"], "--data-dir is empty"),
-        (["--sample-only"], "no checkpoint there"),
+        (["--sample-only"], "no checkpoint to sample from"),
         (["--sample-only", "--restart"], "not allowed with"),
         (["--pretrained", "--restart"], "not allowed with"),
     ],

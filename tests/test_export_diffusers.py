@@ -74,7 +74,7 @@ def test_a_trained_network_is_exported_by_one_command(lesson4, tmp_path):
         ({"settings": {"preset": "huge"}}, ["checkpoint.pt", "export"], "not a network of these"),
         ({"ema": {"network.conv_in.bias": torch.zeros(1)}}, ["checkpoint.pt", "export"], "not a network of these"),
         ({"ema": {"network.colour.bias": torch.zeros(1)}}, ["checkpoint.pt", "export"], "not a network of these"),
-        ({}, ["checkpoint.pt", __file__], "DIR must be a folder"),
+        ({}, ["checkpoint.pt", __file__], "DIR must be a writable folder"),
     ],
 )
 def test_what_cannot_be_done_is_reported(changes, arguments, message, lesson4, tmp_path, monkeypatch, capsys):

@@ -302,7 +302,7 @@ def test_the_first_ctrl_c_answers_at_once_and_the_second_stops_at_once(fit, capf
 
     before = signal.getsignal(signal.SIGINT)
     ended, _, checkpoint = fit(interrupt)
-    assert "stopping after this step, and saving" in answers[0]
+    assert "finishing this step, then saving" in answers[0]
     assert isinstance(ended, KeyboardInterrupt) and checkpoint is None
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -440,7 +440,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(fit, factor):
     before = fit.path.read_bytes()
     handler = signal.getsignal(signal.SIGINT)
     ended, _, _ = fit(factor=factor)
-    assert isinstance(ended, tools.UserError) and "no longer finite at step 6: try" in str(ended)
+    assert isinstance(ended, tools.UserError) and "no longer finite by step 6: try" in str(ended)
     assert signal.getsignal(signal.SIGINT) is handler and fit.path.read_bytes() == before
 
 
@@ -451,7 +451,7 @@ def test_all_numbers_must_stay_finite_before_anything_is_saved(tmp_path, monkeyp
         for step in range(first, 12):
             yield step, torch.tensor(1.0), torch.tensor(1.0 if step < 7 else torch.inf)
 
-    with pytest.raises(tools.UserError, match="no longer finite at step 8"):
+    with pytest.raises(tools.UserError, match="no longer finite by step 8"):
         tools.run_resumable(loop, preview, {}, tmp_path / "checkpoint.pt", {"settings": Settings(), "step": 0})
     assert tools.load_checkpoint(tmp_path / "checkpoint.pt", Settings)["step"] == 7
 
