@@ -162,9 +162,9 @@ def show_one_pixel():
 
 
 # %% 5. What flattening loses
-# Attention comes from language, where tokens really form a sequence. Flattening an image into one is a hack, as the
-# lecture says. Attention can't see which pixels were neighbours, because it is permutation-equivariant: if you permute
-# its input, its output is permuted in the same way, and nothing else changes.
+# Attention comes from language processing, where tokens really form a sequence. Flattening an image into one is a hack,
+# as the lecture says. Attention can't see which pixels were neighbours, because it is permutation-equivariant: if you
+# permute its input, its output is permuted in the same way, and nothing else changes.
 #
 # A U-Net can live with that, because its convolutions have already mixed each pixel with its neighbours. A transformer
 # (section 14) needs a positional encoding, such as a learned vector for each position.
@@ -244,7 +244,7 @@ class SelfAttention(nn.Module):
 # three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
 # The lecture looks at the standard deviation after its layer. In a new layer, scores are small, so weights are nearly
-# even. Our random pixels are independent, so their average varies much less than they do (the rest is mostly the
+# even. Our random pixels are independent, so their average varies much less than they do (what is left is mostly
 # biases). So the attention branch adds little, and the output nearly equals the input. (In a real image, channels have
 # nonzero means, which averaging keeps, so the branch adds more: nearly the same vector to every pixel.)
 @tools.section
@@ -489,7 +489,7 @@ def show_torch():
 # Every pixel attends to every pixel, so twice the side means four times the tokens and sixteen times the attention
 # weights. Those of one image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel, one
 # routine for the whole formula (Dao et al. 2022), computes a block of weights, uses it, forgets it, and computes it
-# again for the backward pass. So it never holds them all, and is faster for large images, because memory is slow.
+# again for the backward pass. It never holds all weights, and is faster for large images, because memory is slow.
 #
 # But every pixel still meets every pixel, so the kernel's time grows in the same way. That is why many U-Nets have
 # attention at low resolutions only, where a pixel also stands for a whole region.
@@ -695,11 +695,10 @@ def show_elsewhere():
 
 # %% 16. Attention can be a convolution
 # A 3×3 convolution is nine heads, each attending to one of the nine pixels under the kernel (Cordonnier et al. 2020).
-# The scores depend on positions only. If a head wants pixel j, each pixel i scores minus its squared distance to j,
-# times a number so large that j itself gets all the weight. (This too is a dot product, of position features: -|i-j|² =
-# 2 i·j - |i|² - |j|².) Beyond the border there is no pixel to want. Softmax would give the weight to the nearest one,
-# but a convolution reads a zero there. So we add a token of zeros, at a squared distance of 0.5: farther than the
-# wanted pixel, closer than any other.
+# The scores depend on positions only. If a head wants pixel j, pixel i's score is -|i-j|² times a number so large that
+# j itself gets all the weight. (This too is a dot product, of position features: -|i-j|² = 2 i·j - |i|² - |j|².) Beyond
+# the border there is no pixel to want. Softmax would give the weight to the nearest one, but a convolution reads a zero
+# there. So we add a token of zeros, at a squared distance of 0.5: farther than the wanted pixel, closer than any other.
 #
 # In every head, a pixel's value is *all* its channels. In section 10's layer, each of nine heads has only c / 9 values:
 # it could apply only a matrix of rank c / 9 or less, and not every convolution can be built from such matrices.

@@ -1,6 +1,6 @@
 """Lesson 3: a U-Net learns to remove noise, which is enough to make pictures of garments.
 
-First we build the network, step by step, without the time embedding. Then come noise, time and sampling, and at last
+First we build the network, step by step, without the time embedding. Then come noise, time and sampling, and finally
 the training loop (lecture sections "U-Net" and "unconditional model"; notebook 26).
 
     python 03_unet_uncond.py [--no-time] [--epochs E] [--help]   trains the unconditional model and samples from it
@@ -76,7 +76,7 @@ def show_order():
     for order in (activate_first, activate_last):
         states, label = signal_through(order, unit(x)), order.__name__.replace("_", " ")
         left[label] = [correlation(states[i], x) for i in shown]
-        print(f"   {label}: correlation after {shown} blocks:", *(f"{value:.2f}" for value in left[label]))
+        print(f"   {label}: correlation with x after {shown}:", *(f"{value:.2f}" for value in left[label]))
         pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
     first, last = (values[-1] for values in left.values())
     subtitle = f"(correlation after 20 untrained blocks: {first:.2f}, or {last:.2f} if they come last; {name})"
@@ -113,7 +113,7 @@ def zero_(layer):
 # unchanged (or, if the number of channels changes, a 1×1 convolution of it): the network starts out shallow, and each
 # block joins in once it has learned something.
 class ResBlock(nn.Module):
-    """Two pre-activation convolutions and a shortcut, which is a 1×1 convolution if the channels change."""
+    """Two pre-activation convolutions and a shortcut, which is a 1×1 convolution if the numbers of channels differ."""
 
     def __init__(self, in_channels, out_channels, groups):
         super().__init__()
@@ -138,7 +138,7 @@ def show_block():
     noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])  # the first image stays the same
     for name, norm in {"batch": nn.BatchNorm2d(16), "group": nn.GroupNorm(4, 16)}.items():
         change = (norm(noisier) - norm(x))[0].norm() / norm(x)[0].norm()
-        print(f"   {name} norm: with noise of deviation 3 on the others, an image's activations change by {change:.0%}")
+        print(f"   {name} norm: with noise of std 3 on the others, an image's activations change by {change:.0%}")
 
 
 # %% 3. Saved: the up path will need what the down path computed
@@ -213,7 +213,7 @@ def show_saved():
 # trains this network, with the lecture's 32 to 256 channels.
 #
 # Up: the same in reverse. Each block gets the current activation, concatenated with one saved at the same size on the
-# way down: a skip connection. Here each level has one more block, because the convolution before it was saved too.
+# way down: a skip connection. Going up, each level has one more block, for the saved convolution before its blocks.
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
@@ -311,11 +311,11 @@ def show_levels():
 def cut_skips(network):
     for layer in network.modules():
         if isinstance(layer, Saved):
-            layer.take = lambda take=layer.take: torch.zeros_like(take())  # for this layer only; `take=` keeps its own
+            layer.take = lambda take=layer.take: torch.zeros_like(take())  # `take=` binds this layer's own method
 
 
 def train_skips(cut, images, steps=100):
-    """A small U-Net trained to remove noise of deviation 0.5 from images `(n, 1, h, w)`, and its loss at each step."""
+    """A small U-Net trained to remove noise of std 0.5 from images `(n, 1, h, w)`, and its loss at each step."""
     torch.manual_seed(0)
     network = UNet(1, (8, 16, 32), depth=1, groups=4)
     if cut:
@@ -461,7 +461,7 @@ def show_preconditioning():
 # c_in gives every x about the same scale, so the scale no longer reveals the noise level. (At low noise, a flat
 # background still does; section 14 measures what time is worth.) So all blocks get the embedding of 01; each turns it
 # into a scale and a shift per channel. These act *after* the second norm. The lecture applies them before it, but there
-# a group norm would remove whatever a group's channels have in common. (Samples don't show it: docs/measurements.md.)
+# a group norm would remove whatever a group's channels have in common. (Samples are no better: docs/measurements.md.)
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation (adaptive group norm, or FiLM)."""
 
@@ -845,7 +845,7 @@ def schedule(step, steps):
 
 @torch.no_grad()
 def update_ema(ema, denoiser, step):
-    """Move the average towards the weights: an exponential moving average, EMA (Karras et al. 2024: growing window)."""
+    """Move the exponential moving average, EMA, towards the weights; its window grows (Karras et al. 2024)."""
     for slow, fast in zip(ema.parameters(), denoiser.parameters(), strict=True):
         slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
 
@@ -975,7 +975,7 @@ class RunSettings(NamedTuple):
 
 
 def pad(images, preset):
-    """Pad `(n, c, h, w)` with zeros, the background of uint8 images, just enough for the network to halve its size."""
+    """Pad `(n, c, h, w)` with zeros, the background of uint8 images, just enough that the network can halve them."""
     multiple = preset.patch * 2 ** (len(preset.widths) - 1)
     rows, columns = (-size % multiple for size in images.shape[2:])  # to the next multiple
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))

@@ -56,8 +56,8 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
 
 
 # At 32 × 32 pixels a head has 1024² weights: 4 MB per image. With 4 heads in each of 5 blocks, the lecture's first
-# level would need 84 MB per image, or 43 GB for a batch of 512. At 16 × 16 it is an eighth. So the lecture has none
-# there. A fused kernel (section 13 of 02) never stores the weights, but its time grows with pixels².
+# level would need 84 MB per image, or 43 GB for a batch of 512. At 16 × 16, with twice the heads, it is an eighth. The
+# lecture starts there. A fused kernel (section 13 of 02) never stores the weights, but its time grows as pixels².
 @tools.section
 def show_cost():
     preset = lesson3.PRESETS["lecture"]
@@ -197,7 +197,7 @@ def show_line():
 # At high noise, the network decides a garment's rough shape and brightness. Guidance from the start makes the garments
 # of a class brighter, and more alike in both. But if guidance waits until sigma is down to 3, they vary as much as
 # without it, even if w is 3 (measured in pixels, on only four garments of each class). More is not always better: with
-# too much guidance, classes are clear, but garments less like real ones (docs/measurements.md).
+# too much guidance, classes are clear, but the garments less realistic (docs/measurements.md).
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()
@@ -300,9 +300,9 @@ def show_reach():
 
 
 # %% 7. Where a pixel looks
-# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? At one
-# pixel of a boot, in the shipped network's last attention layer, two of three heads look mostly nearby, and one looks
-# mostly along the edges of the image. Where they look changes with the noise.
+# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? From
+# one pixel of a boot, in the shipped network's last attention layer, two of three heads look mostly nearby, and one
+# looks mostly along the edges of the image. Where they look changes with the noise.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []

@@ -401,7 +401,7 @@ def read_numbers(recent, step):
     values = torch.stack(recent).cpu()
     if not values.isfinite().all():
         tip = "try --restart with another --batch-size or --seed, or --sample-only with the last checkpoint"
-        raise UserError(f"the loss is no longer finite by step {step:,}: {tip}")
+        raise UserError(f"the loss was no longer finite by step {step:,}: {tip}")
     return values
 
 

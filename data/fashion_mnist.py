@@ -133,13 +133,13 @@ def read(folder, name, dimensions):
                 )
             shape = tuple(np.frombuffer(header, ">u4", dimensions, offset=4).tolist())
             expected = int(np.prod(shape, dtype=object))
-            content = file.read(expected + 1) if expected <= MOST_BYTES else b""  # one byte too many shows an excess
+            content = file.read(expected + 1) if expected <= MOST_BYTES else b""  # the extra byte reveals an excess
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error}). Download it again, or pass --data garments") from error
     if len(content) != expected or expected == 0:
         size = " × ".join(map(str, shape))
         raise DataError(
-            f"{path}: damaged: its header promises {size} bytes of data, which doesn't fit. Download it again, or pass "
+            f"{path}: damaged: its header promises {size} bytes of data, which is wrong. Download it again, or pass "
             "--data garments"
         )
     # a copy, so that the array can be written to and does not keep the file's bytes alive

@@ -21,7 +21,7 @@ TRAIN, TEST = ("train", "training"), ("test", "testing", "val", "valid", "valida
 
 
 def look(folder):
-    """A folder's subfolders, and its files that Pillow can read, each sorted, without hidden ones."""
+    """A folder's subfolders, and its files that Pillow can read, both sorted, without hidden ones."""
     paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith((".", "__MACOSX"))]
     return [path for path in paths if path.is_dir()], [path for path in paths if path.suffix.lower() in SUFFIXES]
 
