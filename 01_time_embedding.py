@@ -33,8 +33,8 @@ import lesson_tools as tools
 # constant factor: the frequencies are powers of one number, with evenly spaced exponents.
 #
 # (Not every network needs a clock. The one in 03 must amplify nearly as much, but it takes ln(sigma), the logarithm of
-# the noise's standard deviation, which spaces the noise levels well. There, after a short training run, a single number
-# did as well as the embedding: a loss of 0.40 with either, in three runs each.)
+# the noise's standard deviation, which spaces the noise levels well. There, a single number does as well as the
+# embedding (docs/open_questions.md).)
 @tools.section
 def show_clock():
     times = torch.tensor([50.0, 51.0, 900.0])
@@ -146,11 +146,11 @@ def show_max_period():
 
 # %% 5. An aside: "3 later" is a rotation
 # The U-Net of 03 doesn't use this, but it is why the first transformer encoded positions as sines (Vaswani et al. 2017,
-# section 3.5). Adding 3 to t turns each hand by a fixed angle of its own, whatever t is. Turning is linear:
-# sin(a + b) and cos(a + b) are weighted sums of sin(a) and cos(a), with weights that depend on b alone. So one matrix
-# serves all times, and a single linear layer can learn it. Turning two embeddings by the same angles changes neither
-# their lengths nor the angle between them. So their dot product depends only on how far apart the times are, not on the
-# times themselves: it is the sum of cos(frequency * distance).
+# section 3.5). Adding 3 to t turns each hand by a fixed angle of its own, whatever t is. Turning is linear: sin(a + b)
+# and cos(a + b) are weighted sums of sin(a) and cos(a), with weights that depend on b alone. So one matrix serves all
+# times, and a single linear layer can learn it. Turning two embeddings by the same angles changes neither their lengths
+# nor the angle between them. So their dot product depends only on how far apart the times are, not on the times
+# themselves: it is the sum of cos(frequency * distance).
 def shift_matrix(shift, dim, max_period=10_000):
     """The `(dim, dim)` float64 matrix R with `embedding(t + shift) = R @ embedding(t)` for every t, if dim is even."""
     sines, cosines = timestep_embedding(torch.tensor([shift], dtype=torch.float64), dim, max_period)[0].chunk(2)
