@@ -105,7 +105,7 @@ def show_distances():
     for name, distance in lines.items():
         print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    subtitle = f"(380 is {ratio:.0f} times as far from 370 as on the number line; 500 is farther away than 0)"
+    subtitle = f"380 is {ratio:.0f} times as far from 370 as on the number line; 500 is farther away than 0"
     title = f"The embedding separates nearby times and mixes up distant ones\n{subtitle}"
     return tools.plot_curves(title, t, lines, xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
 

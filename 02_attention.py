@@ -46,7 +46,7 @@ def show_reach():
         print(f"   {n} convolution(s): the output pixel depends on {seen} of {gradient.numel()} pixels")
         pictures.append((gradient / gradient.max()).log10().clamp(min=-6)[None] / 3 + 1)  # a millionth is black
         titles.append(f"{n} layer{'s' * (n > 1)}\n{seen} px")
-    title = f"3×3 convolutions see one pixel farther per layer\n(gradient of one output pixel, log scale; {name})"
+    title = f"3×3 convolutions see one pixel farther per layer\ngradient of one output pixel, log scale; {name}"
     return tools.plot_grid(title, torch.stack(pictures), 5, titles=titles)
 
 
@@ -157,7 +157,7 @@ def show_one_pixel():
         tools.plot_image(below, weights, f"{share:.0%} over 5 columns away\n(even weights: {even:.0%})", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
             axis.plot(column, row, "o", color=color, markerfacecolor="none", markersize=10)
-    figure.suptitle(f"The marked pixel attends to lookalikes, near and far\n({name})")
+    tools.set_title(figure, f"The marked pixel attends to lookalikes, near and far\n{name}")
     return figure
 
 
@@ -192,7 +192,7 @@ def show_shuffled_pixels():
         low, high = plain[0, 0].min(), plain[0, 0].max()
         pictures += [2 * (part[0, :1] - low) / (high - low) - 1 for part in (plain, shuffled, restored)]
     titles = ("output", "output for\nshuffled pixels", "put back\nin order")
-    title = f"Attention can't tell neighbours from strangers\n({name})"
+    title = f"Attention can't tell neighbours from strangers\n{name}"
     return tools.plot_grid(title, torch.stack(pictures), 3, list(layers), titles)
 
 
@@ -328,7 +328,7 @@ def show_rearrange():
     tokens = rearrange(images[:6, 0], "n h w -> (h w) n")
     n = tokens.shape[1]
     pictures = torch.cat([rearrange(tokens, "(h w) n -> n h w", h=28), tokens.reshape(n, 28, 28)])[:, None]
-    title = f"reshape scrambles the pixels, without an error\n(from (h w) n to n h w; {name})"
+    title = f"reshape scrambles the pixels, without an error\nfrom (h w) n to n h w; {name}"
     return tools.plot_grid(title, pictures, n, ["rearrange", "reshape"])
 
 
@@ -560,8 +560,8 @@ def show_cost():
     for axis, lines, label in zip(axes, (seconds, kept), ("milliseconds", "megabytes kept"), strict=True):
         tools.plot_lines(axis, SIDES, lines, xlabel="image side (pixels)", ylabel=label, xscale="log", yscale="log")
     ratios = ", ".join(f"{name} × {values[-1] / values[-2]:.0f}" for name, values in seconds.items())
-    subtitle = f"(time from {SIDES[-2]} to {SIDES[-1]} pixels a side: {ratios})"
-    figure.suptitle(f"Doubling the side slows attention more than convolution\n{subtitle}", fontsize=11)
+    subtitle = f"time from {SIDES[-2]} to {SIDES[-1]} pixels a side: {ratios}"
+    tools.set_title(figure, f"Doubling the side slows attention more than convolution\n{subtitle}")
     return figure
 
 
@@ -639,9 +639,9 @@ class VisionTransformer(nn.Module):
 # pre-trained: with 300 million labelled images it beat the convolutional nets of its day (Dosovitskiy et al. 2021). It
 # can also learn without labels, by filling in hidden patches (Xie et al. 2022).
 #
-# With 600 to 9,600 labelled images of Fashion-MNIST, ours falls behind a convolutional net with as many parameters.
-# Pre-training it on all 60,000, without labels, closes four fifths of the gap at 600, and about half at 2,400 and 9,600
-# (three seeds; docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
+# With 600 to 9,600 labelled images of Fashion-MNIST, ours (on 7×7 patches) falls behind a convolutional net of the same
+# size. Pre-training it on all 60,000, without labels, closes four fifths of the gap at 600, and about half at 2,400 and
+# 9,600 (three seeds; docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
 @tools.section
 def show_transformer():
     torch.manual_seed(0)

@@ -79,7 +79,7 @@ def show_order():
         print(f"   {label}: correlation with x after {shown}:", *(f"{value:.2f}" for value in left[label]))
         pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
     first, last = (values[-1] for values in left.values())
-    subtitle = f"(correlation after 20 untrained blocks: {first:.2f}, or {last:.2f} if they come last; {name})"
+    subtitle = f"correlation after 20 untrained blocks: {first:.2f}, or {last:.2f} if they come last; {name}"
     title = f"More of an image survives if activations come first\n{subtitle}"
     return tools.plot_grid(title, torch.stack(pictures).clamp(-1, 1), 6, left, [f"after {i}" for i in shown])
 
@@ -294,7 +294,7 @@ def count_parameters(module):
 
 @tools.section
 def show_levels():
-    network, x = UNet(1, (32, 64, 128, 256), depth=2, groups=2), torch.zeros(1, 1, 32, 32)  # the lecture's
+    network, x = UNet(1, (32, 64, 128, 256), depth=2, groups=2), torch.zeros(1, 1, 32, 32)  # the lecture's widths
     print(f"   {tuple(x.shape)} -> {tuple(network(x).shape)}, and {count_parameters(network):,} parameters")
     for level, width in enumerate(network.widths):
         parameters = count_parameters(network.down[level]) + count_parameters(network.up[-1 - level])
@@ -346,7 +346,7 @@ def show_skips():
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
     tools.plot_lines(left, range(100), curves, xlabel="training step", ylabel="mean squared error", ylim=(0, 0.4))
     tools.plot_images(right, torch.cat(list(rows.values())), len(unseen), rows)
-    figure.suptitle(f"Without skips, edges blur\n({errors[1] / errors[0]:.1f} times the error on 8 images; {name})")
+    tools.set_title(figure, f"Edges blur without skips\n{errors[1] / errors[0]:.1f} times the error (8 images); {name}")
     return figure
 
 
@@ -376,7 +376,7 @@ def show_noise():
         print(f"   sigma {sigma:6.2f}: pixels {picture.min():7.1f} to {picture.max():6.1f}, correlation {value:5.2f}")
         titles.append(f"σ = {sigma:.2g}\n{value:.2f}")
     x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True)
-    title = f"More noise, less correlation with the garment\n(correlation: the number below each σ; {name})"
+    title = f"More noise, less correlation with the garment\ncorrelation: the number below each σ; {name}"
     return tools.plot_grid(title, x, 10, titles=titles)
 
 
@@ -673,7 +673,7 @@ def show_sampling():
     for sigma, x, x0_hat in states[::3]:
         print(f"   {sigma:8.3f}{x.std():17.2f}{x0_hat.std():12.2f}{pixel_std(x0_hat):36.2f}")
     early, late = pixel_std(states[0][2]), pixel_std(states[-1][2])
-    subtitle = f"(ideal denoiser; a pixel's standard deviation across the four: {early:.2f}, then {late:.2f}; {name})"
+    subtitle = f"ideal denoiser; a pixel's standard deviation across the four: {early:.2f}, then {late:.2f}; {name}"
     return plot_denoising(f"Predictions start alike and end as different garments\n{subtitle}", states)
 
 
@@ -696,7 +696,7 @@ def show_few_steps():
             wrong[method].append(int(((x - ends).abs().amax(dim=(1, 2, 3)) > 0.1).sum()))
         print(f"   {method:21}" + "".join(f"{value:4}" for value in wrong[method]) + "  of 100")
     ddim, dpm = (values[counts.index(STEPS)] for values in wrong.values())
-    subtitle = f"(ideal denoiser, {STEPS} steps: {dpm} of 100 end on a wrong garment; with DDIM, {ddim}; {name})"
+    subtitle = f"ideal denoiser, {STEPS} steps: {dpm} of 100 end on a wrong garment; with DDIM, {ddim}; {name}"
     labels = {"xlabel": "steps", "ylabel": "wrong garments, out of 100", "ylim": 0}
     return tools.plot_curves(f"DPM-Solver++ needs fewer steps than DDIM\n{subtitle}", counts, wrong, **labels)
 
@@ -803,7 +803,7 @@ def show_muon():
         values[label] = torch.linalg.svdvals(matrix)[:12].tolist()
         print(f"   singular values {label:6}:", *(f"{value:.3f}" for value in values[label]))
     labels = {"xlabel": "direction", "ylabel": "singular value", "ylim": 0}
-    title = "Muon makes a step about equally large in all directions\n(singular values of a made-up matrix)"
+    title = "Muon makes a step about equally large in all directions\nsingular values of a made-up matrix"
     return tools.plot_curves(title, range(1, 13), values, **labels)
 
 
@@ -922,8 +922,8 @@ def show_training():
     tools.plot_lines(left, range(50, 50 + len(curves[choice])), curves, **axes_labels)
     tools.plot_images(right, torch.cat(list(rows.values())), len(noise), rows)
     time, muon = means[1] / means[0] - 1, means[2] / means[1] - 1
-    subtitle = f"test loss after {len(losses)} steps: {time:+.0%} with time, another {muon:+.0%} with Muon ({name})"
-    figure.suptitle(f"In this short run, time and Muon each lower the loss\n{subtitle}", fontsize=11)
+    subtitle = f"test loss after {len(losses)} steps: {time:+.0%} with time, another {muon:+.0%} with Muon; {name}"
+    tools.set_title(figure, f"In this short run, time and Muon each lower the loss\n{subtitle}")
     return figure
 
 

@@ -141,7 +141,7 @@ def show_labels():
     images = generate(functools.partial(denoiser, label=label), noise_ids)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
     across, down = lesson3.pixel_std(table.transpose(0, 1)), lesson3.pixel_std(table)
-    subtitle = f"(pixels' standard deviation: {across:.2f} across a row, {down:.2f} down a column; {settings.data})"
+    subtitle = f"pixels' standard deviation: {across:.2f} across a row, {down:.2f} down a column; {settings.data}"
     title = f"The label picks the garment, the noise its look\n{subtitle}"
     titles = [name.replace(" ", "\n").replace("/", "/\n") for name in settings.classes]
     return tools.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
@@ -189,7 +189,7 @@ def show_line():
     away = [f"{(point - points[1]).square().mean().sqrt():.2f}" for point in points]
     print(f"   RMS distance from the prediction with the label, at guidance -1, 0, 0.5, 1, 3: {', '.join(away)}")
     images = lesson3.crop(torch.cat(points), settings.size).cpu()
-    title = f"Guidance extends the line from no label to label\n(one prediction of x0, at sigma 3; {settings.data})"
+    title = f"Guidance extends the line from no label to label\none prediction of x0, at sigma 3; {settings.data}"
     return tools.plot_grid(title, images, n, weights)
 
 
@@ -213,7 +213,7 @@ def show_guidance():
         spread.append(lesson3.pixel_std(images.unflatten(0, (per_class, n))))
         print(f"   {name:14}: spread within a class {spread[-1]:.2f}; mean pixel {images.mean():.2f}")
     values = f"{spread[0]:.2f} without guidance, {spread[2]:.2f} with w = 3 {quiet}, {spread[3]:.2f} with w = 3 always"
-    subtitle = f"(spread within a class: {values}; {settings.data})"
+    subtitle = f"spread within a class: {values}; {settings.data}"
     title = f"Guidance from the start makes garments brighter and more alike\n{subtitle}"
     return tools.plot_grid(title, torch.cat(rows), n, list(kinds))
 
@@ -245,7 +245,7 @@ def show_blend():
         jumps = rows[-1].diff(dim=0).flatten(1).norm(dim=1)
         largest.append(float(jumps.max() / jumps.sum()))
     shares = f"{min(largest):.0%} to {max(largest):.0%}"
-    subtitle = f"(the largest of {steps - 1} steps covers {shares} of the way; {settings.data})"
+    subtitle = f"the largest of {steps - 1} steps covers {shares} of the way; {settings.data}"
     title = f"From class to class, the change is uneven\n{subtitle}"
     return tools.plot_grid(title, torch.cat(rows), steps, names, [f"{i / (steps - 1):.0%}" for i in range(steps)])
 
@@ -294,8 +294,8 @@ def show_reach():
             gradient = lesson2.input_gradient(functools.partial(model, sigma=sigma, label=label), x, row, column).cpu()
             title = f"σ = {sigma:.2g}: {far_share(gradient, row, column, near):.0%} far"
             tools.plot_image(axis, (gradient / gradient.max()).log10(), title, vmin=-4, vmax=0)
-    subtitle = f"(far: over {near} pixels away; white: largest gradient, black: 1/10,000 of it; {settings.data})"
-    figure.suptitle(f"At high noise, a pixel depends on the whole garment\n{subtitle}")
+    subtitle = f"far: over {near} pixels away; white: largest gradient, black: 1/10,000 of it; {settings.data}"
+    tools.set_title(figure, f"At high noise, a pixel depends on the whole garment\n{subtitle}")
     return figure
 
 
@@ -328,8 +328,8 @@ def show_look():
             title = f"head {head}: {far_share(look, row, column, 2):.0%} far"
             tools.plot_image(axis, look, title, cmap="gray_r", vmin=0)
             axis.plot(column, row, "s", color="tab:orange", markerfacecolor="none")
-    subtitle = f"(far: over two positions away; even weights would give {even:.0%}; {settings.data})"
-    figure.suptitle(f"Different heads look at different positions\n{subtitle}")
+    subtitle = f"far: over two positions away; even weights would give {even:.0%}; {settings.data}"
+    tools.set_title(figure, f"Different heads look at different positions\n{subtitle}")
     return figure
 
 

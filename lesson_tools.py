@@ -98,6 +98,13 @@ def run_command(main):
 
 
 # %% Figures
+def set_title(figure, title):
+    """A title above the figure; its second line, if it has one, is smaller."""
+    first, newline, second = title.partition("\n")
+    above = figure.suptitle(first + newline)
+    figure.axes[0].annotate(second, (0.5, 0), xycoords=above, ha="center", va="bottom", color="0.3", in_layout=False)
+
+
 def plot_lines(axes, x, lines, **labels):
     """Plot up to three named curves over x, distinguishable without colour; if x has few points, they get markers and
     ticks. labels: whatever `axes.set` takes."""
@@ -117,7 +124,7 @@ def plot_curves(title, x, lines, **labels):
     """A figure with the curves of `plot_lines`."""
     figure, axes = plt.subplots(figsize=(8, 3.8))
     plot_lines(axes, x, lines, **labels)
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
 
 
@@ -162,7 +169,7 @@ def plot_grid(title, images, columns, rows=(), titles=()):
     width, height = scale * columns + 1.5 * bool(rows), scale * math.ceil(len(images) / columns) + 0.6
     figure, axes = plt.subplots(figsize=(max(8, width), height + 0.3 * bool(titles)), layout="compressed")
     plot_images(axes, images, columns, rows, titles)
-    figure.suptitle(title)
+    set_title(figure, title)
     return figure
 
 
@@ -178,8 +185,9 @@ def plot_losses(title, losses, previews):
         values = [each[name] for each in measured]
         axes.plot(steps, values, line, color="tab:orange", marker="o", markersize=4, label=f"averaged weights, {name}")
     top = max(2.5 * np.median(losses), 1.5 * max(measured[-1].values()))
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, top), title=title)
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, top))
     axes.legend(loc="upper right")
+    set_title(figure, title)
     return figure
 
 

@@ -173,8 +173,8 @@ def training_tasks(preset, precisions):
 
 
 def row_tasks():
-    """Today's recipe first, then the lecture's open questions."""
-    for name in ("today's recipe", *QUESTIONS):
+    """Today's recipe first, then the rows of docs/open_questions.md."""
+    for name in ("today's recipe", "no attention", *QUESTIONS):
         competitor = Competitor("ours", "small", recipe=RECIPES[name])
         yield Task(name, functools.partial(start_training, competitor, use=lesson3.use_muon))
 

@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import subprocess
+from pathlib import Path
 
 import measure_recipe
 import numpy as np
@@ -134,6 +136,23 @@ def test_every_result_belongs_to_a_row():
     for line in measure_recipe.read_results():
         assert line["row"] in RECIPES and line["loss"] > 0 and "dirty" not in line["commit"]
         assert all(0 <= accuracy <= 1 < 1000 > distance for distance, accuracy in line["unguided"].values())
+
+
+@pytest.mark.parametrize("page", ["measurements.md", "open_questions.md"])
+def test_the_tables_in_docs_show_the_results(page):
+    """Seeds, loss and distances of each row, by the row's name."""
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    wanted, spread = (60_000, None, 4000, "AMD EPYC, AVX-512 BF16", "bfloat16", 1), measure_recipe.spread
+    results = [line for line in measure_recipe.read_results() if measure_recipe.kind(line) == wanted]
+    shown = re.findall(r"^\| (.+?) \| (\d(?:, \d)*) \| (0\.\d{4}.*) \|$", text, flags=re.MULTILINE)
+    assert len(shown) >= 10
+    for name, seeds, cells in shown:
+        lines = sorted((line for line in results if line["row"] == name), key=lambda line: line["seed"])
+        expected = [spread([line["loss"] for line in lines], "{:.4f}")]
+        for way in ("guided", "unguided"):
+            expected.append(spread([line[way]["residual"][0] for line in lines if way in line], "{:.2f}"))
+        assert seeds == ", ".join(str(line["seed"]) for line in lines), name
+        assert set(expected) <= set(cells.split(" | ")), name
 
 
 def test_the_border_does_not_count_in_the_loss():

@@ -75,7 +75,7 @@ def test_the_tables(tiny, monkeypatch, capsys, lesson3, lesson4):
     assert [row.split(",")[0].strip() for row in rows[:6]] == ["diffusers"] * 2 + ["by hand"] + ["ours"] * 3
     measure_speed.main(["--questions", "--device", "cpu", "--batch-size", "2", "--rounds", "1"])
     rows = [line for line in capsys.readouterr().out.splitlines() if " to " in line]
-    assert [row[3:44].strip() for row in rows] == ["today's recipe", *measure_speed.QUESTIONS]
+    assert [row[3:44].strip() for row in rows] == ["today's recipe", "no attention", *measure_speed.QUESTIONS]
     for steps in (2, lesson3.STEPS):
         guided = [sigma <= lesson4.GUIDED_BELOW for sigma in lesson3.noise_levels(steps)[:-1]]
         assert 2 * sum(guided) == steps
