@@ -388,10 +388,15 @@ def plot_road(lines):
     names = [step.removeprefix("road: ") for step in steps]
     axes.set_yticks(places, [names[0], *(f"+ {name}" for name in names[1:])])
     axes.invert_yaxis()
-    axes.set(xscale="log", xlabel="Fréchet distance, on a logarithmic scale", xlim=(None, 2 * max(distances)))
+    limits = 0.8 * min(distances), 2 * max(distances)
+    axes.set(xscale="log", xlabel="Fréchet distance, on a logarithmic scale", xlim=limits)
     axes.set_xticks([])
     axes.minorticks_off()
-    axes.set_title("From the lecture's settings to ours, one change at a time", fontsize=11)
+    axes.margins(y=0.1)
+    images, minutes, n, _, _, threads = kind(lines[0])
+    budget = f"{images:,} images" if images else f"{minutes:g} minutes"
+    subtitle = f"{budget} of training each, threads: {threads}; {n:,} samples"
+    tools.set_title(figure, f"From the lecture's settings to ours, one change at a time\n{subtitle}")
     return figure
 
 

@@ -186,13 +186,15 @@ def test_the_lectures_steps_are_those_of_ddpm(lesson3):
 
 
 def test_the_road_has_a_dot_for_each_row_in_its_order():
-    quality = {"unguided": {"residual": [5.0, 0.8]}}
+    machine = {"processor": "a CPU", "precision": "float32", "threads": 1}
+    quality = machine | {"images": None, "minutes": 5.0, "n": 1000, "unguided": {"residual": [5.0, 0.8]}}
     lines = [dict(quality, row="road: attention"), dict(quality, row="road: the lecture's settings")]
     lines += [dict(quality, guided={"residual": [2.0, 0.9]}, row="road: dropped labels, for guidance")]
     (axes,) = measure_recipe.plot_road(lines).axes
     assert list(axes.lines[0].get_xdata()) == [5, 5, 2]
     expected = ["the lecture's settings", "+ attention", "+ dropped labels, for guidance"]
     assert [label.get_text() for label in axes.get_yticklabels()] == expected
+    assert axes.texts[-1].get_text() == "5 minutes of training each, threads: 1; 1,000 samples"
 
 
 def test_a_new_result_does_not_make_the_commit_dirty(tmp_path):
