@@ -395,8 +395,8 @@ def plot_road(lines):
     axes.margins(y=0.1)
     images, minutes, n, _, _, threads = kind(lines[0])
     budget = f"{images:,} images" if images else f"{minutes:g} minutes"
-    subtitle = f"{budget} of training each, threads: {threads}; {n:,} samples"
-    tools.set_title(figure, f"From the lecture's settings to ours, one change at a time\n{subtitle}")
+    subtitle = f"{budget} of training on {threads} CPU thread{'s' * (threads > 1)} each; {n:,} samples"
+    tools.set_title(figure, f"From the lecture's settings to ours, step by step\n{subtitle}")
     return figure
 
 

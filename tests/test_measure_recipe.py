@@ -194,7 +194,7 @@ def test_the_road_has_a_dot_for_each_row_in_its_order():
     assert list(axes.lines[0].get_xdata()) == [5, 5, 2]
     expected = ["the lecture's settings", "+ attention", "+ dropped labels, for guidance"]
     assert [label.get_text() for label in axes.get_yticklabels()] == expected
-    assert axes.texts[-1].get_text() == "5 minutes of training each, threads: 1; 1,000 samples"
+    assert axes.texts[-1].get_text() == "5 minutes of training on 1 CPU thread each; 1,000 samples"
 
 
 def test_a_new_result_does_not_make_the_commit_dirty(tmp_path):
