@@ -87,7 +87,13 @@ def to_unit(time):
 
 
 class Table(nn.Embedding):
-    """A learned vector for each of 100 bins of ln(sigma), from -3.5 to 1.5: training hardly goes beyond these."""
+    """A learned vector for each of 100 bins of ln(sigma), from -3.5 to 1.5: training hardly goes beyond these.
+
+    They start close to zero: vectors of unit variance, PyTorch's default, would hardly change in one epoch.
+    """
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, time):
         return super().forward((20 * (to_ln_sigma(time) + 3.5)).long().clamp(0, 99))
