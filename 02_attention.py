@@ -640,8 +640,8 @@ class VisionTransformer(nn.Module):
 # can also learn without labels, by filling in hidden patches (Xie et al. 2022).
 #
 # With 600 to 9,600 labelled images of Fashion-MNIST, ours (on 7×7 patches) falls behind a convolutional net of the same
-# size. Pre-training it on all 60,000, without labels, closes four fifths of the gap at 600, and about half at 2,400 and
-# 9,600 (three seeds; docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
+# size. Pre-training it on all 60,000, without labels, closes seven tenths of the gap at 600, and about half at 2,400
+# and 9,600 (three seeds; docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
 @tools.section
 def show_transformer():
     torch.manual_seed(0)
