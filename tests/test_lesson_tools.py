@@ -35,6 +35,18 @@ def test_a_grid_reads_row_by_row_and_is_filled_with_background():
     tools.plt.close(figure)
 
 
+def test_the_second_line_of_a_title_is_smaller_and_covers_nothing():
+    figure = tools.plot_grid("first\nsecond", torch.zeros(4, 1, 8, 8), 4, titles=["one\nname"] * 4)
+    figure.canvas.draw()
+    (axes,), (second,) = figure.axes, figure.axes[0].texts
+    first, below = figure._suptitle, axes.get_tightbbox(for_layout_only=True)
+    assert (first.get_text(), second.get_text()) == ("first\n", "second")
+    assert second.get_fontsize() < first.get_fontsize()
+    box = second.get_window_extent()
+    assert below.y1 <= box.y0 and box.y1 <= first.get_window_extent().y1 - first.get_fontsize()
+    tools.plt.close(figure)
+
+
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     tools.write_atomically(path, lambda file: file.write(b"old"))
