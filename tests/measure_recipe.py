@@ -112,12 +112,14 @@ CHANGES = {
     "the lecture's network": {"preset": "lecture"},
     "float32": {"fast": False},
 }
-QUESTIONS = {  # that the lecture leaves open; times are -1151 to 1096, where nothing else is said
+QUESTIONS = {  # that the lecture leaves open, after a control; times are -1151 to 1096 unless a row says otherwise
+    "weights drawn again": {"changes": (variants.drawn_again,)},
     **{f"max_period {period}": {"changes": (variants.sines(period),)} for period in (10, 100, 1000)},
     "times -4.6 to 4.4, max_period 10": {"changes": (variants.sines(10, variants.to_ln_sigma),)},
     "times -4.6 to 4.4": {"changes": (variants.sines(10_000, variants.to_ln_sigma),)},
     "times 0 to 1, max_period 10": {"changes": (variants.sines(10, variants.to_unit),)},
     "times 0 to 1": {"changes": (variants.sines(10_000, variants.to_unit),)},
+    "times 0 to 1, batch norm": {"changes": (variants.lecture_time,)},
     "a learned table of times": {"changes": (variants.learned_table,)},
     "ln(sigma) alone": {"changes": (variants.ln_sigma_alone,)},
     "skips added": {"changes": (variants.skips_added,)},
@@ -220,7 +222,7 @@ def train(recipe, settings, dataset, share_done):
 @torch.no_grad()
 def measure_batch_norm(denoiser, batches, n=100):
     """Averaged weights need batch-norm statistics of their own: those of n training batches."""
-    norms = [module for module in denoiser.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in denoiser.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
     if not norms:
         return
     for norm in norms:
@@ -323,7 +325,7 @@ def measure_row(options):
     denoiser, seen = train(recipe, settings, dataset, share_done)
     line, labels = {"seen": seen, "parameters": lesson3.count_parameters(denoiser)}, torch.from_numpy(test_set.labels)
     weighting = float(torch.from_numpy(train_set.images).float().std() / 127.5)  # the same whatever the padding
-    line["loss"] = round(measure_loss(denoiser, weighting, unseen[:2000], labels[:2000], size), 4)
+    line["loss"] = round(measure_loss(denoiser, weighting, unseen[:2000], labels[:2000], size), 5)
     panel, wanted = Panel(test_set, device), torch.arange(options.n) % len(train_set.classes)
     ways = {"guided": (lesson4.GUIDANCE,), "unguided": (0,)} if recipe.drop_labels else {"unguided": (0,)}
     if options.sweep:

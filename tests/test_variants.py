@@ -8,7 +8,7 @@ import variants
 from torch import nn
 
 CHANGES = {name: change for name, change in vars(variants).items() if callable(change) and name.islower()}
-HELPERS = {"rearrange", "replace", "to_ln_sigma", "to_unit", "sines", "change_skips"}
+HELPERS = {"rearrange", "replace", "to_ln_sigma", "to_unit", "sines", "change_skips", "layers_in_a_row"}
 CHANGES = {name: change for name, change in CHANGES.items() if name not in HELPERS}
 CHANGES["sines"] = variants.sines(10)
 
@@ -43,7 +43,7 @@ def test_each_change_makes_another_network_that_learns(make, name):
     y.square().mean().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
     shapes, others = ({k: v.shape for k, v in each.state_dict().items()} for each in (network, plain))
-    if shapes == others and name != "no_zero_start":  # then what differs is the computation
+    if shapes == others and name not in ("no_zero_start", "drawn_again"):  # then what differs is the computation
         plain.load_state_dict(network.state_dict())
         assert not torch.allclose(plain(*inputs()), y)
 
@@ -93,12 +93,52 @@ def test_every_second_pixel_is_all_that_comes_down(make):
     assert torch.equal(y, h[:, :, 0::2, 0::2]) and torch.equal(network.downsample[0].take(), y)
 
 
-def test_pooling_and_transposed_convolution_have_their_sizes(make):
+def test_pooling_comes_before_the_convolution(make):
     h = torch.randn(2, 8, 6, 6)
     pooled = make(variants.pool_down).downsample[0]
     means = nn.functional.avg_pool2d(h, 2)
     torch.testing.assert_close(pooled(h), nn.functional.conv2d(means, pooled[1].weight, pooled[1].bias, padding=1))
-    assert make(variants.transposed_up).upsample[0](torch.randn(2, 16, 3, 3)).shape == (2, 16, 6, 6)
+
+
+def test_the_transposed_convolution_starts_as_upsampling_and_convolution(preset, lesson4):
+    network, h = lesson4.make_network(preset, 10), torch.randn(2, 16, 5, 3)
+    expected = network.upsample[0](h)
+    variants.transposed_up(network)
+    torch.testing.assert_close(network.upsample[0](h), expected, atol=1e-6, rtol=1e-5)
+    assert network.upsample[0].weight.shape == (16, 16, 4, 4)
+
+
+def test_two_layers_start_like_the_axial_ones_and_unlike_each_other(preset, lesson4):
+    weights = []
+    for change in (variants.two_layers, variants.axial):
+        torch.manual_seed(0)
+        network = lesson4.make_network(preset, 10)
+        change(network)
+        weights.append([part.qkv.weight for part in network.modules() if hasattr(part, "qkv")])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    assert len({weight.sum().item() for weight in weights[0]}) == len(weights[0]) == 8
+    block, x = lesson4.lesson2.AttentionBlock(16, 2, 4), torch.randn(1, 16, 5, 4)
+    new = variants.NewAttention(block, "n (h w)")
+    new.load_state_dict(block.state_dict())
+    torch.testing.assert_close(new(x), block(x))
+
+
+def test_the_control_draws_all_random_weights_again(preset, lesson4):
+    network, twin = (lesson4.make_network(preset, 10) for _ in range(2))
+    twin.load_state_dict(network.state_dict())
+    variants.drawn_again(network)
+    for (name, new), old in zip(network.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(new, old) == ("norm" in name or not old.any()), name
+
+
+def test_the_lecture_s_time_has_columns_of_variance_one(preset, lesson4):
+    network = lesson4.make_network(preset, 10)
+    variants.lecture_time(network)
+    time = torch.linspace(-1151, 1096, 64)
+    columns = network.embed_time.features(time)
+    expected = variants.lesson1.timestep_embedding((time - time[0]) / (time[-1] - time[0]), 8)
+    torch.testing.assert_close(columns, expected, atol=1e-3, rtol=0)
+    assert columns[:, 1].std() < 0.1 and 0.9 < network.embed_time.layers[0](columns)[:, 1].std() < 1.1
 
 
 def test_attention_along_a_row_sees_no_other_row(make):

@@ -3,7 +3,6 @@
 Each function changes a new network in place, before training.
 """
 
-import copy
 import functools
 import importlib
 import sys
@@ -26,6 +25,13 @@ def replace(network, kind, make):
         for name, child in parent.named_children():
             if isinstance(child, kind):
                 setattr(parent, name, make(child))
+
+
+def drawn_again(network):
+    """A control: nothing changes but the random weights, which are drawn once more."""
+    for module in network.modules():
+        if hasattr(module, "reset_parameters") and module.weight.any():  # what starts at zero still does
+            module.reset_parameters()
 
 
 # %% Residual blocks
@@ -76,6 +82,12 @@ def sines(max_period=10_000, scale=lambda time: time):
     return change
 
 
+def lecture_time(network):
+    """Notebook 28's way: times from 0 to 1, and its two linear layers begin with batch norm and SiLU."""
+    sines(scale=to_unit)(network)
+    network.embed_time.layers = nn.Sequential(nn.BatchNorm1d(network.widths[0]), nn.SiLU(), *network.embed_time.layers)
+
+
 def to_ln_sigma(time):
     """The times of our U-Net, -1151 to 1096, as ln(sigma), -4.6 to 4.4."""
     return 4 * time / lesson3.TIME_SCALE
@@ -87,13 +99,7 @@ def to_unit(time):
 
 
 class Table(nn.Embedding):
-    """A learned vector for each of 100 bins of ln(sigma), from -3.5 to 1.5: training hardly goes beyond these.
-
-    They start close to zero: vectors of unit variance, PyTorch's default, would hardly change in one epoch.
-    """
-
-    def reset_parameters(self):
-        nn.init.normal_(self.weight, std=0.02)
+    """A learned vector for each of 100 bins of ln(sigma), from -3.5 to 1.5: training hardly goes beyond these."""
 
     def forward(self, time):
         return super().forward((20 * (to_ln_sigma(time) + 3.5)).long().clamp(0, 99))
@@ -167,10 +173,22 @@ def every_second_pixel(network):
     network.downsample[0] = SavedSequential(EverySecond())
 
 
+class TransposedConv(nn.Module):
+    """A 4×4 transposed convolution of stride 2. It starts as nearest-neighbour upsampling followed by the 3×3
+    convolution `conv`, and its weights have a convolution's order, out before in, for Muon."""
+
+    def __init__(self, conv):
+        super().__init__()
+        spread = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # of 3 taps on equal pairs, over 4 taps
+        self.weight, self.bias = nn.Parameter(spread @ conv.weight.detach() @ spread.T), conv.bias
+
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.weight.transpose(0, 1), self.bias, stride=2, padding=1)
+
+
 def transposed_up(network):
     """A transposed convolution instead of nearest-neighbour upsampling and a convolution."""
-    width = network.widths[1]
-    network.upsample[0] = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
+    network.upsample[0] = TransposedConv(network.upsample[0][1])
 
 
 # %% Attention
@@ -178,32 +196,34 @@ def no_attention(network):
     replace(network, lesson2.AttentionBlock, lambda block: nn.Identity())
 
 
-class LineAttention(lesson2.AttentionBlock):
-    """A pixel attends only to the pixels of its row, or only to those of its column."""
+class NewAttention(lesson2.AttentionBlock):
+    """A new attention layer in place of `block`. A pixel attends to all pixels, to its row's or to its column's, if
+    `tokens` is "n (h w)", "(n h) w" or "(n w) h"."""
 
-    def __init__(self, block, lines):
+    def __init__(self, block, tokens):
         channels, attention = block.norm.num_channels, block.attention
         super().__init__(channels, attention.heads, block.norm.num_groups, attention.attention_fn)
         lesson3.zero_(self.attention.proj)
-        self.lines = lines
+        self.tokens = tokens
 
     def forward(self, x):
         n, _, h, w = x.shape
-        attended = self.attention(rearrange(self.norm(x), f"n c h w -> {self.lines} c"))
-        return x + rearrange(attended, f"{self.lines} c -> n c h w", n=n, h=h, w=w)
+        attended = self.attention(rearrange(self.norm(x), f"n c h w -> {self.tokens} c"))
+        return x + rearrange(attended, f"{self.tokens} c -> n c h w", n=n, h=h, w=w)
+
+
+def layers_in_a_row(network, *tokens):
+    replace(network, lesson2.AttentionBlock, lambda block: nn.Sequential(*(NewAttention(block, t) for t in tokens)))
 
 
 def axial(network):
     """Attention along the rows, then along the columns."""
-    lines = "(n h) w", "(n w) h"
-    replace(
-        network, lesson2.AttentionBlock, lambda block: nn.Sequential(*(LineAttention(block, each) for each in lines))
-    )
+    layers_in_a_row(network, "(n h) w", "(n w) h")
 
 
 def two_layers(network):
-    """Two attention layers in a row, as many as in `axial`."""
-    replace(network, lesson2.AttentionBlock, lambda block: nn.Sequential(block, copy.deepcopy(block)))
+    """Two attention layers, which start with the same weights as those of `axial`."""
+    layers_in_a_row(network, "n (h w)", "n (h w)")
 
 
 class Positions(nn.Module):
