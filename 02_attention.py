@@ -544,7 +544,7 @@ SIDES = (8, 16, 32, 64)
 
 @tools.section
 def show_cost():
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = tools.choose_device("auto")
     layers = {name: layer.to(device) for name, layer in cost_layers().items()}
     seconds, kept = ({name: [] for name in layers} for _ in range(2))
     print("   one image, 64 channels, 8 heads: milliseconds forward and backward; megabytes kept for the backward pass")

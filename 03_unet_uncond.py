@@ -86,10 +86,10 @@ def show_order():
 
 # %% 2. The residual block
 # So norm, activation and convolution form one layer, in this order. The norm is a group norm (Wu and He 2018): it takes
-# the mean and variance over a few channels of one image. Batch norm, which the lecture uses, averages over the whole
-# batch. Our batches will mix noise levels, so one image's activations would depend on how noisy the others are. (Even
-# so, batch norm gave better samples after one epoch: docs/measurements.md. We still prefer a norm that keeps images
-# independent, and works the same way in training and in sampling.)
+# the mean and variance over a group of one image's channels. Batch norm, which the lecture uses, averages over the
+# whole batch. Our batches will mix noise levels, so one image's activations would depend on how noisy the others are.
+# (Even so, batch norm gave better samples after one epoch: docs/measurements.md. We still prefer a norm that keeps
+# images independent, and works the same way in training and in sampling.)
 class PreActConv(nn.Module):
     """GroupNorm, SiLU, 3×3 convolution: `(n, in_channels, h, w)` -> `(n, out_channels, h, w)`."""
 
@@ -595,16 +595,15 @@ def sample_ddim(denoise, noise, sigmas):
 def sample_dpm(denoise, noise, sigmas):
     """DPM-Solver++(2M): each step assumes that x0_hat keeps changing as in the previous step, linearly in ln(sigma)
     (Lu et al. 2022, algorithm 2). Error ~ 1 / steps², still with one network evaluation (NFE) per step."""
-    x, x0_hat_last, length_last = sigmas[0] * noise, None, None
+    x, sigma_last, x0_hat_last = sigmas[0] * noise, None, None
     for sigma, sigma_next in pairwise(sigmas):
         x0_hat = target = denoise(x, sigma)
         yield sigma, x, x0_hat
-        if sigma_next > 0:  # the last step is DDIM's
-            length = math.log(sigma / sigma_next)
-            if x0_hat_last is not None:
-                target = x0_hat + length / (2 * length_last) * (x0_hat - x0_hat_last)  # half a step ahead
-            x0_hat_last, length_last = x0_hat, length
+        if x0_hat_last is not None and sigma_next > 0:  # the first step and the last are DDIM's
+            ratio = math.log(sigma / sigma_next) / math.log(sigma_last / sigma)
+            target = x0_hat + ratio / 2 * (x0_hat - x0_hat_last)  # half a step ahead
         x = target + sigma_next / sigma * (x - target)
+        sigma_last, x0_hat_last = sigma, x0_hat
     yield 0.0, x, x
 
 
@@ -746,7 +745,7 @@ def show_coordinates():
 # singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. For a wide X, G is
 # much smaller, so we do the steps on G and multiply by X only once, at the end. (For a tall X, Xᵀ X is the small one.)
 def orthogonalize(matrices):
-    """A list of the matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.21 if they were at
+    """A list of the matrices `(rows, columns)` with all singular values moved to about 1 (0.68 to 1.20 if they were at
     least 0.0015 of the matrix's norm). matrices: float32, all with the same shorter side."""
     matrices = [x / (x.norm() + 1e-7) for x in matrices]
     gram = torch.stack([x @ x.mT if len(x) <= x.shape[1] else x.mT @ x for x in matrices])  # n side side
@@ -815,7 +814,7 @@ def show_muon():
 P_MEAN, P_STD = -1.0, 1.0  # of ln(sigma), which is normally distributed
 WARM_UP = 0.05  # the share of the steps during which the learning rate rises
 CLIP = 1.0  # the largest norm allowed for all gradients together
-EMA_STEPS = 10  # the average looks back over about a tenth of the steps so far
+EMA_SHARE = 0.1  # the average looks back over about this share of the steps so far
 
 
 def train(denoiser, ema, optimizers, batches, steps):
@@ -840,14 +839,14 @@ def train(denoiser, ema, optimizers, batches, steps):
 def schedule(step, steps):
     """The learning rate, as a fraction of the highest: it rises during the warm-up, then falls linearly to zero."""
     warm_up = max(1, round(WARM_UP * steps))
-    return max(0.0, min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1)))
+    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
 
 
 @torch.no_grad()
 def update_ema(ema, denoiser, step):
     """Move the exponential moving average, EMA, towards the weights; its window grows (Karras et al. 2024)."""
     for slow, fast in zip(ema.parameters(), denoiser.parameters(), strict=True):
-        slow.lerp_(fast, min(1.0, EMA_STEPS / (step + 1)))
+        slow.lerp_(fast, min(1.0, 1 / (EMA_SHARE * (step + 1))))
 
 
 # Some noise levels are worth more training than others. At low noise the network's output is multiplied by c_out, which
@@ -1004,10 +1003,10 @@ def make_denoiser(network, settings, device):
     return denoiser.to(device, memory_format=torch.channels_last)  # usually the fastest for convolutions
 
 
-def load_denoiser(path, make_network, device, **asked):
-    """The averaged denoiser in a checkpoint, and its `RunSettings`, with `steps` set to those done so far. asked:
-    settings it must match. Raises UserError if it doesn't, or if it can't be loaded."""
-    checkpoint = tools.load_checkpoint(path, RunSettings, **asked)
+def load_denoiser(path, make_network, device):
+    """The averaged denoiser in a checkpoint, and its `RunSettings`, with `steps` set to those done so far. Raises
+    UserError if it can't be loaded."""
+    checkpoint = tools.load_checkpoint(path, RunSettings)
     if checkpoint is None:
         raise tools.UserError(f"{path}: no checkpoint to sample from; train first, without --sample-only")
     settings = checkpoint["settings"]
@@ -1112,8 +1111,7 @@ def train_or_load(options, path, make_network, make_denoise, change_batches=None
     if not options.sample_only:
         fit(options, path, make_network, make_denoise, change_batches)
         tools.leave_processes()
-    asked = {"preset": options.preset} if options.preset else {}
-    return load_denoiser(path, make_network, options.device, **asked)
+    return load_denoiser(path, make_network, options.device)
 
 
 def draw_noise(settings, noise_ids, device):

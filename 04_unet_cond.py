@@ -104,7 +104,7 @@ class CondUNet(lesson3.TimeUNet):
 def drop_labels(batches, n_classes):
     """The batches of `draw_batches`, with one label in ten replaced by n_classes, "no label"."""
     for step, x0, sigma, noise, label in batches:
-        dropped = torch.rand(len(label), device=label.device) < 0.1
+        dropped = torch.rand(len(label), device=label.device) < 0.1  # reproducible: draw_batches has set the seed
         yield step, x0, sigma, noise, label.masked_fill(dropped, n_classes)
 
 
@@ -241,11 +241,11 @@ def show_blend():
     names = [f"{settings.classes[one]} to\n{settings.classes[other]}" for one, other in pairs]
     label = torch.arange(steps, device=denoiser.device)
     for one, other in pairs:
-        rows.append(generate(guide(blend(denoiser, one, other, steps), label, 0), [(0, one, 0)] * steps))
+        denoise = functools.partial(blend(denoiser, one, other, steps), label=label)
+        rows.append(generate(denoise, [(0, one, 0)] * steps))
         jumps = rows[-1].diff(dim=0).flatten(1).norm(dim=1)
         largest.append(float(jumps.max() / jumps.sum()))
-    shares = f"{min(largest):.0%} to {max(largest):.0%}"
-    subtitle = f"the largest of {steps - 1} steps covers {shares} of the way; {settings.data}"
+    subtitle = f"the largest of {steps - 1} steps: {min(largest):.0%} to {max(largest):.0%} of the way; {settings.data}"
     title = f"From class to class, the change is uneven\n{subtitle}"
     return tools.plot_grid(title, torch.cat(rows), steps, names, [f"{i / (steps - 1):.0%}" for i in range(steps)])
 
@@ -261,7 +261,7 @@ def show_blend():
 def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
     """The states (sigma, x, x0_hat) of a sampling run with these labels `(n,)`, closest to the given noise levels."""
     noise = lesson3.draw_noise(settings, [(0, int(each), 0) for each in label], denoiser.device)
-    *states, _ = lesson3.sample_dpm(guide(denoiser, label, 0), noise, lesson3.noise_levels())
+    *states, _ = lesson3.sample_dpm(functools.partial(denoiser, label=label), noise, lesson3.noise_levels())
     return [min(states, key=lambda state: abs(math.log(state[0] / sigma))) for sigma in sigmas]
 
 
@@ -320,7 +320,7 @@ def show_look():
     label = torch.tensor([len(settings.classes) - 1], device=denoiser.device)
     figure, axes = plt.subplots(3, 4, figsize=(8, 6))
     for line, (sigma, x, x0_hat) in zip(axes, states_on_the_way(denoiser, settings, label), strict=True):
-        looks = catch_weights(layer, guide(denoiser, label, 0), x, sigma)[0, :3].cpu()  # heads h w h w
+        looks = catch_weights(layer, functools.partial(denoiser, label=label), x, sigma)[0, :3].cpu()  # heads h w h w
         row, column = round(0.6 * looks.shape[1]), round(0.3 * looks.shape[2])
         even = far_share(torch.ones(looks.shape[3:]), row, column, 2)
         tools.plot_image(line[0], x0_hat[0, 0].cpu(), f"x0_hat, σ = {sigma:.2g}", vmin=-1, vmax=1)

@@ -18,6 +18,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -83,7 +84,8 @@ def run_command(main):
         if hasattr(stream, "reconfigure"):  # IPython's streams have no such method
             stream.reconfigure(errors="replace")  # at worst, "×" becomes a question mark, whatever the encoding
     try:
-        main()
+        with mock.patch.dict(os.environ):  # whatever the command sets there ends with it: `%run` shares its process
+            main()
         return
     except (UserError, data.DataError, OSError) as error:
         message, status = error, 2
@@ -456,7 +458,7 @@ def run_resumable(loop, preview, state, path, checkpoint):
             done, now = step + 1, time.monotonic()
             bar.update(size)
             last = bool(stops) or done == steps  # a signal from now on waits for the next step
-            due = last or now > saved + SAVE_EVERY
+            due = last or (RANK == 0 and now > saved + SAVE_EVERY)
             if due or done in milestones or now > shown + 1:  # not at every step: reading waits for the GPU
                 losses[done - len(recent) : done] = read_numbers(recent, done)[:, 0]
                 recent, shown = [], now
@@ -548,8 +550,8 @@ def parse_run_options(parser):
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir
     options.sample_only |= getattr(options, "pretrained", False)
-    if options.sample_only and options.epochs:
-        parser.error("--epochs is for training: leave it out when only sampling")
+    if options.sample_only and (options.epochs or options.preset):
+        parser.error("--epochs and --preset are for training: leave them out when only sampling")
     if RANK:
         sys.stdout = io.StringIO()
         if options.show or options.sample_only:

@@ -53,7 +53,8 @@ def load(name="auto", split="train", data_dir=None, download=True):
             return Dataset(*pictures.load(split, folder), Path(named).resolve().name, slow=True)
         try:
             images, labels, classes, official = fashion_mnist.load(split, folder, download)
-            return Dataset(lambda: images, labels, classes, official or Path(named).resolve().name)
+            title = official or Path(named or fashion_mnist.CACHES[0]).resolve().name
+            return Dataset(lambda: images, labels, classes, title)
         except fashion_mnist.DownloadError as error:
             if name == "fashion-mnist":
                 raise

@@ -197,7 +197,6 @@ def fetch(url):
 
 def keep(content, path):
     """Write a file, all or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(content)

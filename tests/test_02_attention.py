@@ -309,6 +309,17 @@ def test_what_does_not_fit_is_refused(make, message):
 
 
 # The script
+def test_costs_are_measured_on_the_cpu_if_the_gpu_is_unusable(monkeypatch, capsys):
+    def fail(n, device):
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(lesson, "SIDES", (2, 4))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", fail)
+    lesson.show_cost()
+    assert "2 × " in capsys.readouterr().out
+
+
 def test_script_draws_and_prints_what_is_true(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lesson, "SIDES", (4, 8))
     printed, pictures = run_main(lesson, tmp_path, monkeypatch, capsys)

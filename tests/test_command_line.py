@@ -174,7 +174,7 @@ def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
     for lesson, asked, complaint in (
         (lesson4, [*TINY, "--epochs", "0.04"], "steps 12 there, 40 here"),
         (lesson4, [*TINY, "--seed", "7"], "seed 0 there, 7 here"),
-        (lesson4, ["--preset", "lecture", "--sample-only"], "preset small there, lecture here"),
+        (lesson4, [*TINY, "--preset", "lecture"], "preset small there, lecture here"),
         (lesson3, TINY, "network CondUNet there, TimeUNet here"),
     ):
         _, errors = run(lesson, *asked, "--out", tmp_path, status=2)
@@ -557,8 +557,8 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--seed", "-1"], "must be a whole number from 0"),
         (["--seed", str(2**70)], "must be a whole number from 0 to"),
         (["--guidance", "much"], "must be a number from 0 to 100, got 'much'"),
-        (["--sample-only", "--epochs", "3"], "--epochs is for training"),
-        (["--pretrained", "--epochs", "3"], "--epochs is for training"),
+        (["--sample-only", "--epochs", "3"], "--epochs and --preset are for training"),
+        (["--pretrained", "--preset", "small"], "--epochs and --preset are for training"),
         (["--show", "--data", "garments"], "--show takes neither --data nor --device"),
         (["--show", "--device", "cpu"], "--show takes neither --data nor --device"),
         (["--guidance", "-1"], "must be a number from 0"),

@@ -87,6 +87,11 @@ def test_other_files_get_numbers_for_names(digits, monkeypatch):
     assert data.load("fashion-mnist", "test", digits).classes == found.classes
 
 
+def test_other_files_in_the_download_folder_are_used_too(digits, monkeypatch):
+    monkeypatch.setattr(fashion_mnist, "CACHES", (digits, digits))
+    assert data.load("auto", "train").name == data.load("fashion-mnist", "test", download=False).name == "digits"
+
+
 def test_a_label_that_no_image_has_is_no_class(digits):
     """EMNIST's letters are 1 to 26."""
     labels = digits / "train-labels-idx1-ubyte", digits / "t10k-labels-idx1-ubyte"

@@ -235,6 +235,18 @@ def test_other_settings_are_refused_with_what_differs(tmp_path):
         tools.load_checkpoint(path, Settings, steps=13, title="A line", pair=None)
 
 
+def test_what_a_command_sets_in_the_environment_ends_with_it(monkeypatch):
+    """`%run` and cells share one process."""
+    monkeypatch.setenv("FASHION_MNIST_DIR", "before")
+
+    def main():
+        os.environ.update(FASHION_MNIST_DIR="during", LESSON_RUN="during")
+
+    monkeypatch.delenv("LESSON_RUN", raising=False)
+    tools.run_command(main)
+    assert os.environ["FASHION_MNIST_DIR"] == "before" and "LESSON_RUN" not in os.environ
+
+
 # A resumable run
 def preview():
     return torch.zeros(2, 1, 4, 4), {"training": 0.5, "held out": 0.7}
@@ -368,6 +380,16 @@ def test_saves_come_when_due(fit, monkeypatch):
     assert steps[-1] == 12 and 4 <= len(steps) < 12
     for content in saves:
         assert content["losses"].isfinite().sum() == content["step"]
+
+
+def test_a_process_that_saves_nothing_reads_the_numbers_as_rarely_as_the_first(fit, monkeypatch):
+    read, reads = tools.read_numbers, []
+    monkeypatch.setattr(tools, "read_numbers", lambda recent, step: reads.append(step) or read(recent, step))
+    monkeypatch.setattr(tools, "SAVE_EVERY", -1)
+    monkeypatch.setattr(tools, "RANK", 1)
+    monkeypatch.setattr(tools.time, "monotonic", lambda: 0)
+    fit()
+    assert reads == [12]
 
 
 def test_a_failed_save_is_tried_again_and_only_the_last_ends_the_run(fit, whole, monkeypatch):
