@@ -176,7 +176,7 @@ def show_shift():
 
 # %% 6. From the embedding to a layer: scale and shift
 # A small network turns the raw sines into useful features. It runs once, and all blocks of the U-Net share its output.
-# (The lecture's version begins with batch norm and an activation.)
+# (The lecture's version begins with batch norm, which amplifies columns that barely vary, and an activation.)
 class TimeEmbedding(nn.Module):
     """Times `(n,)` to vectors `(n, 4 * dim)`: sines and cosines in dim columns, then two linear layers."""
 

@@ -1143,10 +1143,10 @@ def save_samples(out, title, samples, rows=(), columns=10):
     images, strip = samples
     tools.write_atomically(out / "samples.npy", lambda file: np.save(file, images.numpy()))
     print(f"wrote {out / 'samples.npy'}")
-    shown = images[:400]
+    shown, rows = images[:400], rows[:400]
     if rows:  # the first of each class
         kept = max(1, min(columns, 400 // len(rows)))
-        shown, columns = images.unflatten(0, (-1, columns))[:, :kept].flatten(0, 1), kept
+        shown, columns = images.unflatten(0, (-1, columns))[: len(rows), :kept].flatten(0, 1), kept
     part = f"\n{len(shown):,} of {len(images):,}" * (len(shown) < len(images))
     tools.save_picture(tools.plot_grid(title + part, shown, columns, rows), out / "samples.png")
     tools.save_picture(plot_denoising(f"From noise to image\n{title}", strip), out / "denoising.png")

@@ -228,7 +228,7 @@ def save_picture(figure, path, quiet=False):
 
 def writable_folder(text):
     """For argparse: a writable folder, created if necessary. Better to fail now than after training."""
-    folder = Path(text).expanduser()
+    folder = data.expand(text)
     try:
         if not text:
             raise OSError("its name is empty")
@@ -368,7 +368,9 @@ def check_same(path, settings, **asked):
     there = settings._asdict()
     differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
     if differing:
-        raise UserError(f"{path} is from another run ({', '.join(differing)}); use --restart or a different --out DIR")
+        raise UserError(
+            f"{path}: from another run ({', '.join(differing)}); use its options, --restart or another --out"
+        )
 
 
 def restore(path, checkpoint, state):
@@ -392,10 +394,11 @@ def stop_signals():
     stops = []
 
     def request_stop(number, frame):
-        if not stops:  # print() isn't safe here: the signal may have interrupted another print()
-            os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
         stops.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if len(stops) == 1:  # print() isn't safe here: the signal may have interrupted another print()
+            with contextlib.suppress(OSError):  # in `… 2>&1 | tee log`, Ctrl-C ends tee as well
+                os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
 
     kinds = (signal.SIGINT, signal.SIGTERM) if PROCESSES == 1 else ()  # several processes would stop at different steps
     handlers = {kind: signal.signal(kind, request_stop) for kind in kinds}
@@ -456,7 +459,8 @@ def run_resumable(loop, preview, state, path, checkpoint):
                 numbers[0] = numbers[0] / PROCESSES
             recent.append(torch.stack(numbers))
             done, now = step + 1, time.monotonic()
-            bar.update(size)
+            if not stops:  # saving comes first: nobody may be left to read
+                bar.update(size)
             last = bool(stops) or done == steps  # a signal from now on waits for the next step
             due = last or (RANK == 0 and now > saved + SAVE_EVERY)
             if due or done in milestones or now > shown + 1:  # not at every step: reading waits for the GPU
@@ -485,7 +489,8 @@ def run_resumable(loop, preview, state, path, checkpoint):
                 break
     print(f"wrote {path}")
     if stops:
-        again = shlex.join(["python", *(argument for argument in sys.argv if argument != "--restart")])
+        python = "python" if shutil.which("python") == sys.executable else sys.executable
+        again = shlex.join([python, *(argument for argument in sys.argv if argument != "--restart")])
         print(f"stopped after step {done:,} of {steps:,}. To resume:\n{again}")
         sys.exit(130)
 
@@ -545,7 +550,9 @@ def parse_run_options(parser):
         parser.error("--show takes neither --data nor --device (use --data-dir for your own images)")
     if options.data_dir == "":
         parser.error("--data-dir is empty (an unset variable?): name a folder, or leave it out")
-    if options.data_dir and options.out.resolve().is_relative_to(Path(options.data_dir).expanduser().resolve()):
+    if options.data_dir and options.out.resolve().is_relative_to(data.expand(options.data_dir).resolve()):
+        with contextlib.suppress(OSError):  # it isn't empty
+            options.out.rmdir()
         parser.error("--out must not lie in the --data-dir folder, or its pictures become data")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir

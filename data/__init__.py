@@ -7,7 +7,7 @@ from pathlib import Path
 from data import fashion_mnist, garments, pictures
 from data.fashion_mnist import DataError
 
-__all__ = ["NAMES", "SPLITS", "DataError", "Dataset", "load"]
+__all__ = ["NAMES", "SPLITS", "DataError", "Dataset", "expand", "load"]
 
 NAMES = ("auto", "fashion-mnist", "garments")
 SPLITS = ("train", "test")
@@ -48,7 +48,7 @@ def load(name="auto", split="train", data_dir=None, download=True):
         raise DataError("--data-dir is empty (an unset variable?): name a folder, or leave --data-dir out")
     named = os.environ.get("FASHION_MNIST_DIR") if data_dir is None else data_dir
     if name != "garments":
-        folder = descend(Path(named).expanduser()) if named else None
+        folder = descend(expand(named)) if named else None
         if folder and not fashion_mnist.is_in(folder):
             return Dataset(*pictures.load(split, folder), Path(named).resolve().name, slow=True)
         try:
@@ -62,6 +62,14 @@ def load(name="auto", split="train", data_dir=None, download=True):
                 print(f"{error}; using synthetic garments instead")
     images, labels = garments.draw(split)
     return Dataset(lambda: images, labels, fashion_mnist.CLASSES, "garments")
+
+
+def expand(text):
+    """A path that may begin with `~`. Raises DataError if it names an unknown user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{text}: {error}") from error
 
 
 def descend(folder):

@@ -72,7 +72,9 @@ def load(split, folder):
     splits = train, test = find(folder)
     classes, chosen = tuple(train), train if split == "train" else test
     if unknown := [name for name in test if name not in train]:
-        raise DataError(f"{folder}: class {unknown[0]} has test images, but no training images")
+        which = "without a class folder" if unknown == [folder.name] else f"of class {unknown[0]}"
+        advice = "to train on the others alone, pass their folder"
+        raise DataError(f"{folder}: test images {which}, but no such training images; {advice}")
 
     def read_images():
         paths = sorted({path for each in splits for paths in each.values() for path in paths})
@@ -96,7 +98,8 @@ def read_all(folder, files):
             troubles.append(str(error))
     if troubles:
         raise DataError("; ".join(troubles[:10]) + f"; and {len(troubles) - 10:,} more" * (len(troubles) > 10))
-    others = Counter(path.suffix for path in folder.rglob("[!.]*") if path.is_file() and path not in images)
+    files = [path for path in folder.rglob("*") if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    others = Counter(path.suffix or "no suffix" for path in files if path.is_file() and path not in images)
     for count, what in (
         (others.total(), f"other files skipped ({', '.join(sorted(others))})"),
         (coloured, f"of {len(images):,} images converted from colour to greyscale"),

@@ -289,10 +289,12 @@ def test_many_samples_are_kept_and_some_are_drawn(lesson3, tmp_path, monkeypatch
     monkeypatch.setattr(tools, "save_picture", lambda figure, path: None)
     monkeypatch.setattr(lesson3, "plot_denoising", lambda *given: None)
     images = torch.arange(3000.0).view(-1, 1, 1, 1)
-    for rows, columns in (([], 10), (["a", "b", "c"], 1000), ([str(i) for i in range(300)], 10), (["a"], 3000)):
+    numbers = [str(i) for i in range(1000)]
+    for rows, columns in (([], 10), (["a", "b", "c"], 1000), (numbers[:300], 10), (["a"], 3000), (numbers, 3)):
         lesson3.save_samples(tmp_path, "some", (images, []), rows, columns)
         assert np.load(tmp_path / "samples.npy").shape == (3000, 1, 1, 1)
-        title, shown, kept, _ = drawn[-1]
+        title, shown, kept, named = drawn[-1]
+        assert named == rows[:400]
         assert title == f"some\n{len(shown):,} of 3,000" and 250 <= len(shown) <= 400 and len(shown) % kept == 0
         each = shown.view(-1, kept) - torch.arange(kept)  # the first of each row
         assert (each == torch.arange(len(each))[:, None] * (columns if rows else kept)).all()
@@ -408,7 +410,7 @@ def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp
             interrupt_at(lesson3, patch, at, number)
         output, _ = run(lesson4, *TINY, "--restart", "--out", parts, status=130)
     assert f"stopped after step {at + 1} of 12" in output
-    assert output.splitlines()[-1].startswith("python ")
+    assert "04_unet_cond.py --data garments" in output.splitlines()[-1]
     assert "--restart" not in output.splitlines()[-1]
     left = ["checkpoint.pt", *["loss.png", "progress.png"] * (at == 11)]
     assert sorted(path.name for path in parts.iterdir()) == left
@@ -569,6 +571,8 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--rest"], "unrecognized"),
         (["--out", __file__], "must be a writable folder"),
         (["--out", ""], "must be a writable folder (its name is empty)"),
+        (["--out", "~nobody-here/x"], "~nobody-here/x: Could not determine home directory"),
+        (["--data-dir", "~nobody-here/x"], "~nobody-here/x: Could not determine home directory"),
         (
             ["--data-dir", str(ROOT / "tests"), "--out", str(ROOT / "tests")],
             "--out must not lie in the --data-dir folder",
@@ -587,6 +591,14 @@ def test_a_bad_value_is_reported_in_one_line(lesson4, run, arguments, accepted, 
     _, errors = run(lesson4, *([] if "--out" in arguments else ["--out", tmp_path]), *arguments, status=2)
     assert accepted in errors.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_folder_leaves_nothing_among_the_images(lesson4, run, tmp_path):
+    arguments = squares(tmp_path, 10)
+    folder = Path(arguments[arguments.index("--data-dir") + 1])
+    before = sorted(folder.rglob("*"))
+    run(lesson4, *arguments, "--out", folder / "run", status=2)
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_lesson_2_says_in_one_line_that_the_data_is_not_there(nothing_loaded, run_untouched, monkeypatch, tmp_path):

@@ -395,7 +395,11 @@ def test_layouts_that_people_have(tmp_path, paths, train, test):
         (["fashion-mnist_train.csv"], r"it contains fashion-mnist_train\.csv"),
         ([".hidden"], r"it contains \.hidden"),
         (["2 a/x.png", "b/x.heic"], r"b: no readable image; each class folder needs at least one"),
-        (["2 train/a/x.png", "test/b/x.png"], "class b has test images, but no training images"),
+        (
+            ["2 train/a/x.png", "test/b/x.png"],
+            "mine: test images of class b, but no such training images; to train on the others",
+        ),
+        (["2 train/a/x.png", "test/x.png"], "mine: test images without a class folder, but no such training images"),
         (["2 train/a/x.png", "test/x.txt"], r"test: needs one subfolder of images"),
     ],
 )
@@ -406,13 +410,14 @@ def test_layouts_that_are_refused(tmp_path, paths, complaint):
 
 def test_skipped_files_and_lost_contrast_are_reported(tmp_path, capsys):
     folder = build(tmp_path / "mine", "3 a/x.png", "40 a/y.heic", "b/x.png", "deeper/c/x.png", "deeper/x.png")
+    build(folder, "b/.ipynb_checkpoints/x.png", ".git/config", "licence")
     Image.fromarray(np.full((9, 9), 4095, np.uint16)).save(folder / "a" / "twelve bits.png")
     line = np.zeros((9, 9, 4), np.uint8)
     line[4, :, 3] = 255
     Image.fromarray(line).save(folder / "b" / "black on nothing.png")
     assert data.load("auto", "train", folder).images.shape == (6, 28, 28)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "mine: 41 other files skipped (.heic, .png)"
+    assert said[0] == "mine: 42 other files skipped (.heic, .png, no suffix)"
     assert said[1:] == ["mine: 2 of 7 images come out almost uniformly grey, such as twelve bits.png"]
 
 

@@ -5,6 +5,7 @@ import copy
 import io
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,7 +309,8 @@ def test_a_stopped_run_resumes_bit_by_bit(fit, whole, monkeypatch, at, number):
     before = signal.getsignal(number)
     ended, said, checkpoint = fit(lambda step: step == at and os.kill(os.getpid(), number))
     assert ended.code == 130 and checkpoint["step"] == at + 1
-    assert said.out.endswith(f"stopped after step {at + 1} of 12. To resume:\npython '05 next.py' --n 3\n")
+    python = "python" if shutil.which("python") == sys.executable else sys.executable
+    assert said.out.endswith(f"stopped after step {at + 1} of 12. To resume:\n{python} '05 next.py' --n 3\n")
     assert signal.getsignal(number) is before
     ended, said, checkpoint = fit()
     assert ended is None and f"from step {at + 1}" in said.out
@@ -368,6 +370,40 @@ def test_kill_leaves_the_previous_checkpoint(tmp_path):
     checkpoint = tools.load_checkpoint(path, Settings)
     assert checkpoint["step"] == 4 and checkpoint["line"]["weight"] == 3
     assert checkpoint["losses"].isfinite().sum() == 4
+
+
+def test_ctrl_c_saves_even_if_nobody_reads_the_output(fit, monkeypatch):
+    """In `python 04_unet_cond.py 2>&1 | tee log`, Ctrl-C ends tee first."""
+    write, stopped = os.write, []
+
+    class Bar(tools.tqdm):
+        def update(self, n=1):
+            if stopped:
+                raise BrokenPipeError
+            return super().update(n)
+
+    def refuse(descriptor, text):
+        if descriptor == 2:
+            raise BrokenPipeError
+        return write(descriptor, text)
+
+    def interrupt(step):
+        if step == 5:
+            stopped.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(tools, "tqdm", Bar)
+    monkeypatch.setattr(os, "write", refuse)
+    _, _, checkpoint = fit(interrupt)
+    assert checkpoint["step"] == 6
+
+
+@pytest.mark.parametrize("active", [True, False])
+def test_the_resume_command_names_the_python_that_runs(fit, monkeypatch, active):
+    """`.venv/bin/python 04_unet_cond.py` works without an activated environment."""
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable if active else "/usr/bin/python")
+    _, said, _ = fit(lambda step: step == 5 and os.kill(os.getpid(), signal.SIGINT))
+    assert said.out.splitlines()[-1].startswith("python " if active else sys.executable)
 
 
 def test_saves_come_when_due(fit, monkeypatch):
