@@ -348,25 +348,35 @@ def kind(line):
     return tuple(line[key] for key in ("images", "minutes", "n", "processor", "precision", "threads"))
 
 
+def value(line, what):
+    """A line's "loss", or its "guided" or "unguided" distance in the features of `residual`."""
+    return line["loss"] if what == "loss" else line[what]["residual"][0]
+
+
+def changes(lines, today, what):
+    """By how many percent each line's value differs from that of today's recipe with the same seed. today: by seed."""
+    pairs = [(line, today[line["seed"]]) for line in lines if what in line and line["seed"] in today]
+    return [100 * (value(line, what) / value(other, what) - 1) for line, other in pairs]
+
+
 def print_table(lines):
-    """Print lines of one kind as a Markdown table. Distances are in the features of `residual`, also relative to
-    today's recipe with the same seeds. Brackets hold the smallest and the largest value."""
-    ways = "guided", "unguided"
-    said = " | ".join(f"{way}: distance | × today's | accuracy" for way in ways)
-    print(f"| | seeds | loss | {said} | parameters |")
-    print("|---|---|---|" + "---|---|---|" * len(ways) + "---|")
+    """Print lines of one kind as a Markdown table. Changes are in percent. Brackets hold the smallest and the largest
+    value."""
+    titles = {"loss": "loss | change", "guided": "guided: distance | change | accuracy"}
+    titles["unguided"] = titles["guided"].replace("guided", "unguided")
+    print(f"| | seeds | {' | '.join(titles.values())} | parameters |\n{11 * '|---'}|")
     today = {line["seed"]: line for line in lines if line["row"] == "today's recipe"}
     for name in RECIPES:
         rows = [line for line in lines if line["row"] == name]
         if not rows:
             continue
-        cells = [name, ", ".join(str(line["seed"]) for line in rows), spread([line["loss"] for line in rows], "{:.4f}")]
-        for way in ways:
-            there = [line for line in rows if way in line]
-            pairs = [(line, today[line["seed"]]) for line in there if line["seed"] in today]
-            ratios = [one[way]["residual"][0] / other[way]["residual"][0] for one, other in pairs]
-            cells += [spread([line[way]["residual"][0] for line in there], "{:.3g}"), spread(ratios, "{:.2f}")]
-            cells += [spread([100 * line[way]["residual"][1] for line in there], "{:.1f} %")]
+        cells = [name, ", ".join(str(line["seed"]) for line in rows)]
+        for what in titles:
+            there = [line for line in rows if what in line]
+            cells += [spread([value(line, what) for line in there], "{:.4g}")]
+            cells += [spread(changes(there, today, what), "{:+z.1f}")]
+            if what != "loss":
+                cells += [spread([100 * line[what]["residual"][1] for line in there], "{:.1f} %")]
         print(f"| {' | '.join(cells)} | {rows[0]['parameters']:,} |")
 
 

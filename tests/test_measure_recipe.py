@@ -140,19 +140,33 @@ def test_every_result_belongs_to_a_row():
 
 @pytest.mark.parametrize("page", ["measurements.md", "open_questions.md"])
 def test_the_tables_in_docs_show_the_results(page):
-    """Seeds, loss and distances of each row, by the row's name."""
-    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8")
+    """Seeds, loss and distances of each row, by the row's name; or by how much they change."""
+    text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8").replace("−", "-")
     wanted, spread = (60_000, None, 4000, "AMD EPYC, AVX-512 BF16", "bfloat16", 1), measure_recipe.spread
     results = [line for line in measure_recipe.read_results() if measure_recipe.kind(line) == wanted]
-    shown = re.findall(r"^\| (.+?) \| (\d(?:, \d)*) \| (0\.\d{4}.*) \|$", text, flags=re.MULTILINE)
+    today = {line["seed"]: line for line in results if line["row"] == "today's recipe"}
+    rows = re.findall(r"^\| (.+?) \| (\d(?:, \d)*) \| (.*) \|$", text, flags=re.MULTILINE)
+    shown = [row for row in rows if row[0] in RECIPES]
     assert len(shown) >= 10
     for name, seeds, cells in shown:
         lines = sorted((line for line in results if line["row"] == name), key=lambda line: line["seed"])
-        expected = [spread([line["loss"] for line in lines], "{:.4f}")]
-        for way in ("guided", "unguided"):
-            expected.append(spread([line[way]["residual"][0] for line in lines if way in line], "{:.2f}"))
         assert seeds == ", ".join(str(line["seed"]) for line in lines), name
-        assert set(expected) <= set(cells.split(" | ")), name
+        for what, value, change in (("loss", ".4f", ".1f"), ("guided", ".2f", ".0f"), ("unguided", ".2f", ".0f")):
+            there = [line for line in lines if what in line]
+            expected = spread([measure_recipe.value(line, what) for line in there], f"{{:{value}}}")
+            if page == "open_questions.md":
+                expected = spread(measure_recipe.changes(there, today, what), f"{{:+z{change}}}")
+            assert expected in cells.split(" | "), (name, what)
+
+
+def test_changes_are_in_percent_and_seed_by_seed():
+    today = {
+        seed: {"seed": seed, "loss": loss, "guided": {"residual": [2.0, 0.9]}} for seed, loss in ((0, 1.0), (1, 2))
+    }
+    lines = [today[1] | {"loss": 3.0}, today[0] | {"loss": 0.5}, today[0] | {"seed": 2}]
+    assert measure_recipe.changes(lines, today, "loss") == [50, -50]
+    assert measure_recipe.changes(lines[:1], today, "guided") == [0]
+    assert measure_recipe.changes(lines, today, "unguided") == []
 
 
 def test_the_border_does_not_count_in_the_loss():
@@ -241,7 +255,7 @@ def test_a_row_is_a_line_and_is_not_measured_twice(tiny, monkeypatch, tmp_path, 
     assert (tmp_path / "road.png").stat().st_size > 5000
     (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| no time |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1] == "0, 1" and cells[3:6] == ["3 (3 to 3)", "1.50", "80.0 % (80.0 % to 80.0 %)"]
+    assert cells[1] == "0, 1" and cells[4:7] == ["3 (3 to 3)", "+50.0", "80.0 % (80.0 % to 80.0 %)"]
     monkeypatch.setattr("sys.argv", ["measure", "no such row"])
     with pytest.raises(tools.UserError, match="must be one of today's recipe, "):
         measure_recipe.main()
