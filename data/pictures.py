@@ -73,7 +73,7 @@ def load(split, folder):
     classes, chosen = tuple(train), train if split == "train" else test
     if unknown := [name for name in test if name not in train]:
         which = "without a class folder" if unknown == [folder.name] else f"of class {unknown[0]}"
-        advice = "to train on the others alone, pass their folder"
+        advice = "to use the training images alone, pass their folder"
         raise DataError(f"{folder}: test images {which}, but no such training images; {advice}")
 
     def read_images():

@@ -397,7 +397,7 @@ def test_layouts_that_people_have(tmp_path, paths, train, test):
         (["2 a/x.png", "b/x.heic"], r"b: no readable image; each class folder needs at least one"),
         (
             ["2 train/a/x.png", "test/b/x.png"],
-            "mine: test images of class b, but no such training images; to train on the others",
+            "mine: test images of class b, but no such training images; to use the training images alone",
         ),
         (["2 train/a/x.png", "test/x.png"], "mine: test images without a class folder, but no such training images"),
         (["2 train/a/x.png", "test/x.txt"], r"test: needs one subfolder of images"),
