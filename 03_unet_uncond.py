@@ -839,7 +839,7 @@ def train(denoiser, ema, optimizers, batches, steps):
 def schedule(step, steps):
     """The learning rate, as a fraction of the highest: it rises during the warm-up, then falls linearly to zero."""
     warm_up = max(1, round(WARM_UP * steps))
-    return min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1))
+    return max(0.0, min((step + 1) / warm_up, (steps - step) / (steps - warm_up + 1)))
 
 
 @torch.no_grad()

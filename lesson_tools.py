@@ -462,8 +462,8 @@ def run_resumable(loop, preview, state, path, checkpoint):
             if not stops:  # saving comes first: nobody may be left to read
                 bar.update(size)
             last = bool(stops) or done == steps  # a signal from now on waits for the next step
-            due = last or (RANK == 0 and now > saved + SAVE_EVERY)
-            if due or done in milestones or now > shown + 1:  # not at every step: reading waits for the GPU
+            due = RANK == 0 and (last or now > saved + SAVE_EVERY)
+            if last or due or done in milestones or now > shown + 1:  # not at every step: reading waits for the GPU
                 losses[done - len(recent) : done] = read_numbers(recent, done)[:, 0]
                 recent, shown = [], now
                 bar.set_postfix(loss=f"{losses[max(0, done - 20) : done].mean():.3f}", refresh=False)
@@ -475,7 +475,7 @@ def run_resumable(loop, preview, state, path, checkpoint):
                 images, measured = preview()
                 previews.append((done, ((images + 1) * 127.5).round().byte(), measured))
                 draw_progress(path.parent, settings, losses[:done].numpy(), previews)
-            if due and RANK == 0:
+            if due:
                 content = {"settings": settings._asdict(), "step": done, "losses": losses, "previews": previews}
                 content |= {name: part.state_dict() for name, part in state.items()}
                 try:
