@@ -32,9 +32,9 @@ import lesson_tools as tools
 # times its frequency (in radians, so a full turn takes 2π / frequency). Each hand is slower than the one before it by a
 # constant factor: the frequencies are powers of one number, with evenly spaced exponents.
 #
-# (Not every network needs a clock. The one in 03 must amplify nearly as much, but it takes ln(sigma), the logarithm of
-# the noise's standard deviation, which spaces the noise levels well. There, a single number does as well as the
-# embedding (docs/open_questions.md).)
+# (Not every network needs a clock. The one in 03 has one, but does as well with a single number, ln(sigma), although it
+# must amplify nearly as much: the logarithm of the noise's standard deviation spaces the noise levels well
+# (docs/open_questions.md).)
 @tools.section
 def show_clock():
     times = torch.tensor([50.0, 51.0, 900.0])
@@ -51,7 +51,7 @@ def show_clock():
 
 # %% 2. Step by step
 # The angle grows without end, but after a full turn the hand is back where it was. Its sine and cosine together say
-# where it points. Either one alone doesn't: it takes each value twice in a turn.
+# where it points. Neither does so alone: each takes every value twice in a turn.
 def timestep_embedding(timesteps, dim, max_period=10_000):
     """Sines and cosines of each time, at `dim // 2` frequencies from 1 down to `1 / max_period`.
 
@@ -85,7 +85,7 @@ def show_steps():
     right.imshow(matrix.T.numpy(), aspect="auto")
     left.set(title="Each column is a wave", xlabel="t", ylabel="column")
     right.set(title="The 100 × 16 matrix, lying on its side", xlabel="t")
-    figure.suptitle("Eight sines (0 to 7), eight cosines (8 to 15), each from fast to slow")
+    figure.suptitle("Sines (0 to 7) and cosines (8 to 15), ordered from fast to slow")
     return figure
 
 
@@ -176,7 +176,7 @@ def show_shift():
 
 # %% 6. From the embedding to a layer: scale and shift
 # A small network turns the raw sines into useful features. It runs once, and all blocks of the U-Net share its output.
-# (The lecture's version begins with batch norm, which amplifies columns that barely vary, and an activation.)
+# (The lecture's version begins with batch norm, then an activation. Its norm amplifies columns that barely vary.)
 class TimeEmbedding(nn.Module):
     """Times `(n,)` to vectors `(n, 4 * dim)`: sines and cosines in dim columns, then two linear layers."""
 
@@ -192,7 +192,7 @@ class TimeEmbedding(nn.Module):
 
 # There is one vector per image, but a convolution works on pixels. So in each block, a linear layer turns the vector
 # into a scale and a shift for each channel, the same for all pixels: a channel can be amplified at one time and
-# switched off at another. Section 8 of 03 puts this layer into a residual block, and says where and why.
+# switched off at another. Section 8 of 03 shows where in a residual block this layer goes, and why.
 class ScaleShift(nn.Module):
     """Scales and shifts each channel by amounts computed from the embedding (Dhariwal and Nichol 2021, section 3.1)."""
 

@@ -27,7 +27,7 @@ import lesson_tools as tools
 #
 # Comments give shapes in einops notation: n images, c channels, h rows, w columns; (h w) is a single axis.
 def input_gradient(layer, x, row, column):
-    """How much one pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the gradient's size, `(h, w)`."""
+    """How much a pixel of `layer(x)` depends on each pixel of x `(n, c, h, w)`: the gradient's magnitude, `(h, w)`."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(layer(x)[:, :, row, column].sum(), x)
     return gradient.abs().sum(dim=(0, 1))
@@ -103,7 +103,7 @@ def show_tokens():
 # %% 3. Why softmax
 # Why not use the scores themselves as weights? They can have any sign and size. Softmax's weights are positive and sum
 # to one, so no average leaves the range of its channel's values. (Adding averages can still make tokens grow. But a
-# layer starts with a norm (section 7), so what it adds doesn't grow with x: growth isn't exponential.)
+# layer starts with a norm (section 7), so what it adds doesn't grow with x: they grow, but not exponentially.)
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def pixel_attention(x):
 # normalise the patches first, or the one with the largest numbers would always win. A patch of constant brightness
 # becomes zero: all its scores are equal, so it attends evenly to everything.
 def patch_tokens(images):
-    """The normalised patch around each pixel of `(n, 1, h, w)`: tokens `(n, h w, 25)`. Padded with background."""
+    """The normalised patch around each pixel of `(n, 1, h, w)`, padded with background: tokens `(n, h w, 25)`."""
     patches = F.unfold(F.pad(images, [2] * 4, value=-1), 5).mT  # n (h w) 25
     return F.layer_norm(patches, patches.shape[-1:])
 
@@ -198,10 +198,10 @@ def show_shuffled_pixels():
 
 # %% 6. Why the scores are divided by √d
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, the
-# sum has variance d: the wider the tokens, the farther apart the scores, until softmax gives nearly all the weight to
-# one winner. A row that is nearly one-hot (all weight on one token) gets almost no gradient, so training can hardly
-# undo a winner picked at random; the other rows get far larger gradients than with the division. With it, no row is
-# one-hot, and weights and gradients are about the same at every width.
+# sum has variance d: the larger d is, the farther apart the scores, until softmax gives nearly all the weight to one
+# winner. A row that is nearly one-hot (all weight on one token) gets almost no gradient, so training can hardly undo a
+# choice made by chance; the other rows get far larger gradients than with the division. With it, no row is one-hot, and
+# weights and gradients are about the same for every d.
 @tools.section
 def show_division():
     torch.manual_seed(0)
@@ -243,9 +243,9 @@ class SelfAttention(nn.Module):
 # Three projections of the same tokens are one projection with three times as many outputs; `chunk` cuts the result into
 # three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
-# The lecture looks at the standard deviation after its layer. In a new layer, scores are small, so weights are nearly
-# even. Our random pixels are independent, so their average varies much less than they do (what is left is mostly
-# biases). So the attention branch adds little, and the output nearly equals the input. (In a real image, channels have
+# The lecture looks at the standard deviation of its layer's output. In a new layer, scores are small, so weights are
+# nearly even. Our random pixels are independent, so their average varies much less than they do (what is left is mostly
+# biases). The branch therefore adds little, and the output nearly equals the input. (In a real image, channels have
 # nonzero means, which averaging keeps, so the branch adds more: nearly the same vector to every pixel.)
 @tools.section
 def show_layer():
@@ -294,8 +294,8 @@ def show_heads():
 
 
 # %% 9. rearrange
-# To read `view(...).transpose(1, 2).reshape(...)`, you have to count axes in your head: `view` moves none, and
-# `transpose` moves them by number. `rearrange` moves them by name, so you can read it, and it can check its input.
+# To read `view(...).transpose(1, 2).reshape(...)`, you have to count axes in your head: `view` splits them by size, and
+# `transpose` swaps them by number. `rearrange` names them, so you can read it, and it can check its input.
 #
 # Brackets on the left split an axis (give the sizes of all its parts but one); brackets on the right join axes. The
 # last name in brackets varies fastest. Each example: an input shape, the arguments of `rearrange`, the same by hand.
@@ -402,7 +402,7 @@ def show_block():
 # A toy task: every pixel of an image holds a pattern of six numbers, and two pixels, at random positions, are marked as
 # the left and the right ear. Every pixel must output both ears' patterns, the left ear's first. With one head, a pixel
 # gets one average. The values are linear in the pixel, so an average of both ears mixes their patterns in the same
-# channels. Mix them or drop one: about half of the answer is lost. With two heads, each can attend to one ear.
+# channels. If it mixes them or drops one, about half the answer is lost. With two heads, each can attend to one ear.
 #
 # One head fails only because the values are linear in the pixel. With a nonlinear layer in front, each ear could get
 # channels of its own: with 96 hidden channels, one of two runs learned that in 1,000 steps (error 0.002; the other,
@@ -413,8 +413,8 @@ SIDE, PATTERN = 5, 6
 def make_ears(n):
     """Images `(n, 6 + 2, 5, 5)`, whose last two channels mark the left and the right ear, and answers `(n, 2 * 6)`."""
     patterns = torch.randn(n, PATTERN, SIDE**2)  # n c (h w)
-    places = torch.rand(n, SIDE**2).topk(2).indices  # n ears: two different pixels
-    marks = F.one_hot(places, SIDE**2).float()  # n ears (h w)
+    positions = torch.rand(n, SIDE**2).topk(2).indices  # n ears: two different pixels
+    marks = F.one_hot(positions, SIDE**2).float()  # n ears (h w)
     images = torch.cat([patterns, marks], dim=1).unflatten(2, (SIDE, SIDE))  # n c h w
     return images, (marks @ patterns.mT).flatten(1)  # n ears c -> n (ears c)
 
@@ -453,7 +453,7 @@ def show_ears():
             print(f"      head {head} gives {left:.0%} of its weight to the left ear, {right:.0%} to the right one")
             panels[f"head {head} of {heads}"] = weights[0, head - 1]
     pictures = torch.stack(list(panels.values())).view(-1, 1, SIDE, SIDE)  # weights, from 0 to 1
-    title = "With linear values, one head loses an ear; two don't"
+    title = "One head can't keep two ears apart; two heads can"
     return tools.plot_grid(title, 2 * pictures - 1, 4, titles=list(panels))
 
 
@@ -487,9 +487,9 @@ def show_torch():
 
 # %% 13. The fused kernel, and where to put attention
 # Every pixel attends to every pixel, so twice the side means four times the tokens and sixteen times the attention
-# weights. Those of one image take 4 · heads · pixels² bytes: 537 MB for 64 × 64 pixels and 8 heads. A fused kernel, one
-# routine for the whole formula (Dao et al. 2022), computes a block of weights, uses it, forgets it, and computes it
-# again for the backward pass. It never holds all weights, and is faster for large images, because memory is slow.
+# weights. Those of one image take 4 · heads · pixels² bytes in float32: 537 MB for 64 × 64 pixels and 8 heads. A fused
+# kernel, one routine for the whole formula (Dao et al. 2022), computes a block of weights, uses it, forgets it, and
+# computes it again for the backward pass. It never holds them all, and is faster for large images: memory is slow.
 #
 # But every pixel still meets every pixel, so the kernel's time grows in the same way. That is why many U-Nets have
 # attention at low resolutions only, where a pixel also stands for a whole region.
@@ -549,7 +549,7 @@ def show_cost():
     seconds, kept = ({name: [] for name in layers} for _ in range(2))
     print("   one image, 64 channels, 8 heads: milliseconds forward and backward; megabytes kept for the backward pass")
     for side in SIDES:
-        n = max(1, 512 // side**2)  # several small images, or there is too little to measure
+        n = max(1, 512 // side**2)  # several, if they are small: one is too quick to measure
         x = torch.randn(n, 64, side, side, device=device, requires_grad=True)
         for name, value in zip(layers, measure_seconds(layers.values(), x), strict=True):
             seconds[name].append(1000 * value / n)
@@ -639,9 +639,9 @@ class VisionTransformer(nn.Module):
 # pre-trained: with 300 million labelled images it beat the convolutional nets of its day (Dosovitskiy et al. 2021). It
 # can also learn without labels, by filling in hidden patches (Xie et al. 2022).
 #
-# With 600 to 9,600 labelled images of Fashion-MNIST, ours (on 7×7 patches) falls behind a convolutional net of the same
-# size. Pre-training it on all 60,000, without labels, closes seven tenths of the gap at 600, and about half at 2,400
-# and 9,600 (three seeds; docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
+# With 600 to 9,600 labelled images of Fashion-MNIST, ours (patches of 7 × 7 pixels) falls behind a convolutional net of
+# the same size. Pre-training it on all 60,000, without labels, closes seven tenths of the gap at 600, and about half at
+# 2,400 and 9,600 (three seeds; docs/data_efficiency.png, drawn by tests/measure_data_efficiency.py).
 @tools.section
 def show_transformer():
     torch.manual_seed(0)
@@ -651,7 +651,7 @@ def show_transformer():
     print("   " + " -> ".join(f"{name} {tuple(step.shape)}" for name, step in steps.items()))
     shuffled = patches[:, torch.randperm(patches.shape[1])]
     shuffled = rearrange(shuffled, "n (h w) (p1 p2 c) -> n c (h p1) (w p2)", h=7, p1=4, p2=4)
-    print(f"   shuffled patches change its answer by {relative_error(model(shuffled), model(image)):.0e}")
+    print(f"   shuffling the patches changes the logits by {relative_error(model(shuffled), model(image)):.0e}")
     model.positions.zero_()
     print(f"   without position vectors, only by {relative_error(model(shuffled), model(image)):.0e}")
     try:
@@ -695,8 +695,8 @@ def show_elsewhere():
 
 # %% 16. Attention can be a convolution
 # A 3×3 convolution is nine heads, each attending to one of the nine pixels under the kernel (Cordonnier et al. 2020).
-# The scores depend on positions only. If a head wants pixel j, pixel i's score is -|i-j|² times a number so large that
-# j itself gets all the weight. (This too is a dot product, of position features: -|i-j|² = 2 i·j - |i|² - |j|².) Beyond
+# The scores depend on positions only. If a head wants pixel j, pixel p's score is -|p-j|² times a number so large that
+# j itself gets all the weight. (This too is a dot product, of position features: -|p-j|² = 2 p·j - |p|² - |j|².) Beyond
 # the border there is no pixel to want. Softmax would give the weight to the nearest one, but a convolution reads a zero
 # there. So we add a token of zeros, at a squared distance of 0.5: farther than the wanted pixel, closer than any other.
 #
@@ -728,8 +728,8 @@ class PositionAttention(nn.Module):
 
 
 def attention_from_convolution(conv):
-    """An attention layer that computes the same function as a 3×3 convolution, on images of any size, borders included
-    (in float32). Raises ValueError for anything but an `nn.Conv2d` with the settings in `expected`."""
+    """An attention layer that computes the same function as a 3×3 convolution (up to rounding), on images of any size,
+    borders included. Raises ValueError for anything but an `nn.Conv2d` with the settings in `expected`."""
     expected = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "padding_mode": "zeros"}
     expected |= {"dilation": (1, 1), "groups": 1}
     if not isinstance(conv, nn.Conv2d) or any(getattr(conv, name) != value for name, value in expected.items()):

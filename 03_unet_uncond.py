@@ -1,4 +1,4 @@
-"""Lesson 3: a U-Net learns to remove noise, which is enough to make pictures of garments.
+"""Lesson 3: a U-Net learns to remove noise, which is all it takes to make images of garments.
 
 First we build the network, step by step, without the time embedding. Then come noise, time and sampling, and finally
 the training loop (lecture sections "U-Net" and "unconditional model"; notebook 26).
@@ -28,7 +28,7 @@ lesson1 = importlib.import_module("01_time_embedding")  # not `import 01_…`: a
 
 # %% 1. A convolution comes after its norm and its activation
 # A signal must survive every layer, or the last ones never see the image. A shortcut, x + ..., lets it through; but an
-# activation *after* the sum, as in the original residual blocks, bends it again, block after block. Put the norm and
+# activation *after* the sum, as in the original residual blocks, distorts it again in every block. Put the norm and
 # the activation before each convolution instead, and a block's output is a plain sum.
 #
 # Here are the same layers in both orders; x keeps its shape `(n, c, h, w)`. Every residual branch is scaled to standard
@@ -79,7 +79,7 @@ def show_order():
         print(f"   {label}: correlation with x after {shown}:", *(f"{value:.2f}" for value in left[label]))
         pictures += [states[i][0, :1] / (2 * states[i][0, 0].abs().mean()) for i in shown]  # one channel, 1 h w
     first, last = (values[-1] for values in left.values())
-    subtitle = f"correlation after 20 untrained blocks: {first:.2f}, or {last:.2f} if they come last; {name}"
+    subtitle = f"correlation after 20 untrained blocks: {first:.2f}, or {last:.2f} with activations last; {name}"
     title = f"More of an image survives if activations come first\n{subtitle}"
     return tools.plot_grid(title, torch.stack(pictures).clamp(-1, 1), 6, left, [f"after {i}" for i in shown])
 
@@ -138,13 +138,13 @@ def show_block():
     noisier = torch.cat([x[:1], x[1:] + 3 * torch.randn_like(x[1:])])  # the first image stays the same
     for name, norm in {"batch": nn.BatchNorm2d(16), "group": nn.GroupNorm(4, 16)}.items():
         change = (norm(noisier) - norm(x))[0].norm() / norm(x)[0].norm()
-        print(f"   {name} norm: with noise of std 3 on the others, an image's activations change by {change:.0%}")
+        print(f"   {name} norm: noise of std 3 on the other images changes the first one's activations by {change:.0%}")
 
 
 # %% 3. Saved: the up path will need what the down path computed
 # A U-Net shrinks the image on its down path and enlarges it again on its up path, which also needs what the down path
-# computed. So this mix-in saves the output of another class's `forward`. In `class SavedConv(Saved, nn.Conv2d)`, the
-# `super()` inside Saved means Conv2d, because Python searches the bases from left to right (the method resolution
+# computed. So the mix-in below saves the output of another class's `forward`. In `class SavedConv(Saved, nn.Conv2d)`,
+# the `super()` inside Saved means Conv2d, as Python searches the bases from left to right (the method resolution
 # order). Swap the two, and Python finds Conv2d's `forward` first, so ours never runs. (A list of outputs would do for
 # our U-Net. The lecture's down path is an `nn.Sequential`, which keeps no list.)
 class Saved:
@@ -162,7 +162,7 @@ class Saved:
         return saved
 
 
-# The lecture's second way needs no inheritance: a function wraps the module's `forward`. It is shorter, and it works on
+# The lecture has a way without inheritance too: a function wraps the module's `forward`. It is shorter, and it works on
 # any existing module. But a deep copy of the module still calls the original's forward, with the original's weights,
 # and we do copy our network, to average its weights (section 14). So we stick with the mix-in.
 def saved(module):
@@ -213,7 +213,7 @@ def show_saved():
 # trains this network, with the lecture's 32 to 256 channels.
 #
 # Up: the same in reverse. Each block gets the current activation, concatenated with one saved at the same size on the
-# way down: a skip connection. Going up, each level has one more block, for the saved convolution before its blocks.
+# way down: a skip connection. Going up, each level has one more block, to take the convolution saved before the level.
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
@@ -351,7 +351,7 @@ def show_skips():
 
 
 # %% 6. Noise: x = x0 + sigma · noise
-# From now on, noise comes in every strength. sigma is its standard deviation, on pixels from -1 to 1. At 0.02 you can
+# From now on, we add noise at every level. sigma is its standard deviation, on pixels from -1 to 1. At 0.02 you can
 # hardly see the noise; at 80 you can see nothing else (Karras et al. 2022, "Elucidating the Design Space of
 # Diffusion-Based Generative Models", EDM; the lecture's notebook 26). At low noise x is almost the answer; at high
 # noise it reveals almost nothing. In between, if noise hides an edge, the best single answer is the mean of all
@@ -461,7 +461,7 @@ def show_preconditioning():
 # c_in gives every x about the same scale, so the scale no longer reveals the noise level. (At low noise, a flat
 # background still does; section 14 measures what time is worth.) So all blocks get the embedding of 01; each turns it
 # into a scale and a shift per channel. These act *after* the second norm. The lecture applies them before it, but there
-# a group norm would remove whatever a group's channels have in common. (Samples are no better: docs/measurements.md.)
+# a group norm would remove what a group's channels share. (Our order didn't improve the samples: docs/measurements.md.)
 class TimePreActConv(PreActConv):
     """A pre-activation convolution with scale and shift between norm and activation (adaptive group norm, or FiLM)."""
 
@@ -538,8 +538,8 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 
 
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
-# at high noise, with the mean over all pixels. So at first no noise level outweighs the others by much; later, the loss
-# is several times as high at both ends as in the middle (section 14).
+# at high noise, where the mean is over all pixels. So at first no noise level outweighs the others by much; later, the
+# loss is several times as high at both ends as in the middle (section 14).
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 training levels (section 14) are in this range
 
 
@@ -631,7 +631,7 @@ def sample_heun(denoise, noise, sigmas):
 # low noise the nearest one. This denoiser can only reproduce its images. A trained network makes new ones: 04's samples
 # are typically a bit farther from the training images than test images are (docs/measurements.md).
 def ideal_denoiser(images):
-    """denoise(x, sigma) for the samplers: the best possible if images `(m, c, h, w)` are all there is."""
+    """denoise(x, sigma) for the samplers: the best possible if x0 is one of the images `(m, c, h, w)`."""
 
     def denoise(x, sigma):
         squared = torch.cdist(x.flatten(1), images.flatten(1)) ** 2  # n m
@@ -700,7 +700,7 @@ def show_few_steps():
     return tools.plot_curves(f"DPM-Solver++ needs fewer steps than DDIM\n{subtitle}", counts, wrong, **labels)
 
 
-# %% 12. One path in three coordinates: DDPM, EDM, flow matching
+# %% 12. One trajectory, three coordinates: DDPM, EDM, flow matching
 # DDPM's noisy image is √ᾱ x0 + √(1 - ᾱ) noise, with ᾱ falling from 1 to 0 over a thousand steps (Ho et al. 2020); EDM's
 # is x0 + sigma noise (notebook 26). Flow matching isn't in the lecture, but many later models use it. It mixes image
 # and noise in proportions that sum to one: z = (1 - t) x0 + t noise (Lipman et al. 2023, whose t runs the other way).
@@ -736,10 +736,10 @@ def show_coordinates():
 
 
 # %% 13. Not in the lecture: Muon, an optimiser for convolutions
-# A few directions dominate the gradient of a weight matrix, so its weights hardly change along the others. Muon (Jordan
-# et al. 2024) takes the momentum, a running mean of gradients, and makes the step equally large in all directions: all
-# singular values become about 1. A convolution's weights form a matrix too: a row for each output channel, a column for
-# each input value under its kernel.
+# A few directions dominate the gradient of a weight matrix, so the weights hardly change along the others. Muon (Jordan
+# et al. 2024) takes the momentum, a running mean of gradients, and makes the step about equally large in all
+# directions: nearly all singular values become about 1. A convolution's weights form a matrix too: a row for each
+# output channel, a column for each input value under its kernel.
 #
 # Muon never computes the singular values. A polynomial of the matrix, X <- (a + b G + c G²) X with G = X Xᵀ, moves each
 # singular value s to a s + b s³ + c s⁵, and five such steps bring all but the smallest to about 1. For a wide X, G is
@@ -855,8 +855,8 @@ def update_ema(ema, denoiser, step):
 # docs/measurements.md.) Sampling starts at 80, which training hardly ever sees: one level in 2,000 is above 10. But
 # there is little to learn up there: c_in · x is almost pure noise, and the best answer is about the mean garment.
 #
-# An epoch is one pass over all images in random order. A step's randomness depends only on seed and step (on one kind
-# of device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.
+# An epoch is one pass over all images in random order. A step's randomness depends only on seed and step (for a given
+# kind of device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
     """The order in which an epoch goes through n images: `(n,)`."""
@@ -867,7 +867,7 @@ def draw_batches(images, labels, batch_size, seed, steps):
     """Yield (step, x0, sigma, noise, label) for each of `steps`, a range.
 
     images: uint8 `(n, c, h, w)`, labels: int64 `(n,)`, both on the device. Image i of step s is image number
-    p = s · batch_size + i of the training: entry p % n of epoch p // n. Raises ValueError for images of another type.
+    p = s · batch_size + i of the whole run: entry p % n of epoch p // n. Raises ValueError for images of another type.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images must be uint8, from 0 to 255, got {images.dtype}")
@@ -974,14 +974,14 @@ class RunSettings(NamedTuple):
 
 
 def pad(images, preset):
-    """Pad `(n, c, h, w)` with zeros, the background of uint8 images, just enough that the network can halve them."""
+    """Pad `(n, c, h, w)` with zeros, the background of uint8 images, just enough for the network to halve them."""
     multiple = preset.patch * 2 ** (len(preset.widths) - 1)
     rows, columns = (-size % multiple for size in images.shape[2:])  # to the next multiple
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
 def crop(images, size):
-    """The inverse of `pad`: the middle of `(n, c, h, w)`, of that size."""
+    """The inverse of `pad`: the central `size` (height, width) of images `(n, c, h, w)`."""
     top, left = ((padded - wanted) // 2 for padded, wanted in zip(images.shape[2:], size, strict=True))
     return images[:, :, top : top + size[0], left : left + size[1]]
 
@@ -1021,8 +1021,8 @@ def load_denoiser(path, make_network, device):
 
 
 def new_run(options, path, make_network):
-    """A new network, its `RunSettings`, the checkpoint it starts from (see `run_resumable`), and its training data:
-    images, uint8 `(n, 1, h, w)`, and labels, `(n,)`; the data is None if that run has finished and reading is slow."""
+    """A new network, its `RunSettings`, the checkpoint to start from (see `run_resumable`), and the training data:
+    images, uint8 `(n, 1, h, w)`, and labels, `(n,)`; or None if the run has finished and the data is slow to read."""
     preset_name = options.preset or "small"
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size

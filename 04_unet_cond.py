@@ -5,7 +5,7 @@ Running it trains the conditional model and samples each class (lecture sections
 
     python 04_unet_cond.py [--epochs E] [--data-dir DIR] [--help]
     python 04_unet_cond.py --sample-only --class "Ankle boot" --n 16
-    python 04_unet_cond.py --pretrained      samples at once, from the shipped weights
+    python 04_unet_cond.py --pretrained      samples right away, from the shipped weights
     python 04_unet_cond.py --show            runs the sections, with your network or the shipped one
 """
 
@@ -31,7 +31,7 @@ PRETRAINED = tools.RUNS.parent / "data" / "pretrained" / "cond.pt"
 # %% 1. Attention after the residual block, and on which levels
 # Attention lets every pixel use what a convolution found anywhere: whether the left shoulder has a sleeve, say. So it
 # follows each residual block on the chosen levels, down and up, and one in the middle (notebook 28 has none there). The
-# skips are saved after the attention. Does it help? The lecturer hasn't seen it improve the FID in his own experiments.
+# skips are saved after the attention. Does attention help? The lecturer hasn't seen it improve the FID in his own runs.
 class AttentionResBlock(lesson3.TimeResBlock):
     """A residual block with room for attention after it. (A block doesn't know its level, so the U-Net adds it.)"""
 
@@ -43,7 +43,7 @@ class AttentionResBlock(lesson3.TimeResBlock):
         """Add attention with heads of head_dim channels. Raises ValueError if head_dim doesn't divide the channels."""
         channels, groups = self.conv2.norm.num_channels, self.conv2.norm.num_groups
         if channels % head_dim:
-            raise ValueError(f"head_dim must divide the {channels} channels that attention gets, got {head_dim}")
+            raise ValueError(f"head_dim must divide the {channels} channels of the block, got {head_dim}")
         self.attention = lesson2.AttentionBlock(channels, channels // head_dim, groups, lesson2.fused_attention)
         lesson3.zero_(self.attention.attention.proj)  # a zero-initialised branch changes nothing at first
 
@@ -56,8 +56,8 @@ class SavedAttentionResBlock(lesson3.Saved, AttentionResBlock):
 
 
 # At 32 × 32 pixels a head has 1024² weights: 4 MB per image. With 4 heads in each of 5 blocks, the lecture's first
-# level would need 84 MB per image, or 43 GB for a batch of 512. At 16 × 16, with twice the heads, it is an eighth. The
-# lecture starts there. A fused kernel (section 13 of 02) never stores the weights, but its time grows as pixels².
+# level would need 84 MB per image, or 43 GB for a batch of 512. At 16 × 16, with twice the heads, an eighth is enough.
+# The lecture starts there. A fused kernel (section 13 of 02) never stores the weights, but its time grows as pixels².
 @tools.section
 def show_cost():
     preset = lesson3.PRESETS["lecture"]
@@ -165,8 +165,8 @@ def choose_guidance(images_seen):
 
 
 def guide(denoiser, label, guidance, below=GUIDED_BELOW):
-    """denoise(x, sigma) for a sampler, in one batched call. label: int64 `(n,)`. guidance: w; 0 gives the prediction
-    with the label, -1 the one without. below: w is 0 above this sigma (the guidance interval)."""
+    """denoise(x, sigma) for a sampler; one batched call makes both predictions. label: int64 `(n,)`. guidance: w; 0
+    gives the prediction with the label, -1 the one without. below: w is 0 above this sigma (the guidance interval)."""
     both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
 
     def denoise(x, sigma):
@@ -195,16 +195,16 @@ def show_line():
 
 # %% 4. How strong, and from when
 # At high noise, the network decides a garment's rough shape and brightness. Guidance from the start makes the garments
-# of a class brighter, and more alike in both. But if guidance waits until sigma is down to 3, they vary as much as
-# without it, even if w is 3 (measured in pixels, on only four garments of each class). More is not always better: with
-# too much guidance, classes are clear, but the garments less realistic (docs/measurements.md).
+# of a class brighter and more alike. If it waits until sigma is down to 3, they vary as much as without guidance, even
+# with w = 3 (measured in pixels, on only four garments of each class). More is not always better: too much guidance
+# makes the classes clear, but the garments less realistic (docs/measurements.md).
 @tools.section
 def show_guidance():
     denoiser, settings = load_demo_model()
     n, per_class, rows, spread = len(settings.classes), 4, [], []
     label = torch.arange(n, device=denoiser.device).repeat(per_class)
     noise_ids = [(0, i, k) for k in range(per_class) for i in range(n)]
-    quiet = f"if σ ≤ {GUIDED_BELOW}"
+    quiet = f"for σ ≤ {GUIDED_BELOW}"
     kinds = {"guidance 0": (0, 0), f"1, {quiet}": (1, GUIDED_BELOW), f"3, {quiet}": (3, GUIDED_BELOW)}
     kinds["3, always"] = 3, math.inf
     for name, (w, below) in kinds.items():
@@ -221,7 +221,7 @@ def show_guidance():
 # %% 5. From one class to another
 # A label's embedding is a vector, and between two of them lie vectors that belong to no class. What does the network
 # draw for "three quarters pullover, one quarter trouser"? If the change were even, each of eight steps would cover an
-# eighth of the way. But the largest covers two to four eighths.
+# eighth of the way. But the largest covers a quarter to a half.
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
     blended = copy.deepcopy(denoiser)
@@ -257,7 +257,7 @@ def show_blend():
 #
 # Switching off all attention hardly changes the picture: on the lower levels one pixel stands for many, so the
 # convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST that
-# hardly helps; if convolutions fall short, attention makes the difference (docs/measurements.md has both).
+# hardly helps; if the convolutions can't reach far enough, attention can be vital (docs/measurements.md has both).
 def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
     """The states (sigma, x, x0_hat) of a sampling run with these labels `(n,)`, closest to the given noise levels."""
     noise = lesson3.draw_noise(settings, [(0, int(each), 0) for each in label], denoiser.device)
@@ -275,7 +275,7 @@ def without_attention(denoiser):
 
 
 def far_share(weights, row, column, near):
-    """The share of a gradient or of attention weights `(h, w)` that lies over `near` positions from (row, column)."""
+    """The share of a gradient or of attention weights `(h, w)` more than `near` positions away from (row, column)."""
     around = weights[max(0, row - near) : row + near + 1, max(0, column - near) : column + near + 1]
     return float(1 - around.sum() / weights.sum())
 
@@ -301,8 +301,8 @@ def show_reach():
 
 # %% 7. Where a pixel looks
 # In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? From
-# one pixel of a boot, in the shipped network's last attention layer, two of three heads look mostly nearby, and one
-# looks mostly along the edges of the image. Where they look changes with the noise.
+# one pixel of a boot, in the shipped network's last attention layer, one of three heads looks mostly along the edges of
+# the image. At low noise, the other two look mostly nearby, above all at the pixel itself.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []

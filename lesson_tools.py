@@ -84,7 +84,7 @@ def run_command(main):
         if hasattr(stream, "reconfigure"):  # IPython's streams have no such method
             stream.reconfigure(errors="replace")  # at worst, "×" becomes a question mark, whatever the encoding
     try:
-        with mock.patch.dict(os.environ):  # whatever the command sets there ends with it: `%run` shares its process
+        with mock.patch.dict(os.environ):  # forget what the command sets there: `%run` shares the notebook's process
             main()
         return
     except (UserError, data.DataError, OSError) as error:
@@ -221,7 +221,7 @@ def save_picture(figure, path, quiet=False):
         write_atomically(path, functools.partial(figure.savefig, format="png"))
         if not quiet:
             tqdm.write(f"wrote {path}")
-    except Exception as error:  # of any kind: a picture isn't worth losing a run
+    except Exception as error:  # of any kind: a picture isn't worth losing a run over
         tqdm.write(f"{path}: not written ({error})")
     plt.close(figure)
 
@@ -351,14 +351,14 @@ def load_checkpoint(path, kind, **asked):
         return None
     file = io.BytesIO(path.read_bytes())
     try:
-        with zipfile.ZipFile(file) as archive:  # torch.load ignores checksums; entries marked as folders become zeros
+        with zipfile.ZipFile(file) as archive:  # torch.load ignores checksums, and reads folder entries as zeros
             if archive.testzip() or any(entry.external_attr for entry in archive.infolist()):
                 raise ValueError("a checksum is wrong")
         file.seek(0)
         content = torch.load(file, map_location="cpu", weights_only=True)
         content |= {"settings": kind(**content["settings"]), "step": content["step"]}
     except Exception as error:  # of any kind: arbitrary bytes can fail anywhere
-        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; use --restart to start over") from error
+        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart trains anew") from error
     check_same(path, content["settings"], **asked)
     return content
 
@@ -379,7 +379,7 @@ def restore(path, checkpoint, state):
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: from another version of this lesson; use --restart to start over") from error
+        raise UserError(f"{path}: from another version of this lesson; --restart trains anew") from error
 
 
 # %% A resumable run
@@ -414,7 +414,7 @@ def read_numbers(recent, step):
     values = torch.stack(recent).cpu()
     if not values.isfinite().all():
         tip = "try --restart with another --batch-size or --seed, or --sample-only with the last checkpoint"
-        raise UserError(f"the loss was no longer finite by step {step:,}: {tip}")
+        raise UserError(f"the loss or its gradient was no longer finite by step {step:,}: {tip}")
     return values
 
 
@@ -459,7 +459,7 @@ def run_resumable(loop, preview, state, path, checkpoint):
                 numbers[0] = numbers[0] / PROCESSES
             recent.append(torch.stack(numbers))
             done, now = step + 1, time.monotonic()
-            if not stops:  # saving comes first: nobody may be left to read
+            if not stops:  # a signal may mean that the terminal is gone, and writing there would prevent the save
                 bar.update(size)
             last = bool(stops) or done == steps  # a signal from now on waits for the next step
             due = RANK == 0 and (last or now > saved + SAVE_EVERY)
@@ -553,7 +553,7 @@ def parse_run_options(parser):
     if options.data_dir and options.out.resolve().is_relative_to(data.expand(options.data_dir).resolve()):
         with contextlib.suppress(OSError):  # it isn't empty
             options.out.rmdir()
-        parser.error("--out must not lie in the --data-dir folder, or its pictures become data")
+        parser.error("--out must not lie in the --data-dir folder, or its pictures would become training data")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir
     options.sample_only |= getattr(options, "pretrained", False)

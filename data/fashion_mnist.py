@@ -29,7 +29,7 @@ MOST_BYTES = 2**31  # of pixels in a file: a header that promises more is damage
 MOST_FETCHED = 2**25  # bytes per download
 SLOWEST = 10_000  # bytes/s
 PATIENCE = 20  # seconds over which the speed is averaged
-# each split's files (images, labels); each file's SHA-256, as distributed and unpacked
+# each split's files (images, labels); each file's SHA-256: gzipped, as distributed, then unpacked
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
@@ -139,7 +139,7 @@ def read(folder, name, dimensions):
     if len(content) != expected or expected == 0:
         size = " × ".join(map(str, shape))
         raise DataError(
-            f"{path}: damaged: its header promises {size} bytes of data, which is wrong. Download it again, or pass "
+            f"{path}: damaged: it doesn't hold the {size} bytes that its header promises. Download it again, or pass "
             "--data garments"
         )
     # a copy, so that the array can be written to and does not keep the file's bytes alive

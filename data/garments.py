@@ -16,7 +16,7 @@ CHUNK = 250  # images drawn at once: few enough to stay in the processor's cache
 def draw(split, n=None, seed=0):
     """Images of garments and their labels, balanced and in random order: a function of split, n and seed alone.
 
-    split: "train" or "test", which share no image. n: how many, at least 1 (default: 10,000 and 2,000).
+    split: "train" or "test", drawn independently. n: how many, at least 1 (default: 10,000 and 2,000).
     Returns images, uint8 (n, 28, 28) with background 0, and labels, int64 (n,), 0 to 9, numbered as in Fashion-MNIST.
     Raises ValueError for any other split, n below 1, or (from NumPy) a negative seed.
     """
@@ -112,7 +112,7 @@ class Canvas:
         return self.rng.uniform(low, high, self.n)
 
     def tone(self, low, high):
-        """The same as (n, 1, 1), for shades."""
+        """Like `vary`, but (n, 1, 1), for shades."""
         return self.vary(low, high).astype(np.float32)[:, None, None]
 
     def chance(self, probability):

@@ -29,9 +29,9 @@ def look(folder):
 def find(folder):
     """The training images and the test images, each as `{class: [paths]}`.
 
-    If all folders have names in TRAIN and TEST, the first of each are the splits. Otherwise every tenth image of a
-    class is held out for testing. If no class has ten, the largest class gives up its last one; if none has even two,
-    both splits contain everything.
+    If there are folders named in TRAIN and in TEST, and no others, the first of each are the splits. Otherwise every
+    tenth image of a class is held out for testing. If no class has ten, the largest class gives up its last one; if
+    none has even two, both splits contain everything.
     """
     folders = {path.name.lower(): path for path in look(folder)[0]}
     train, test = ([folders[name] for name in names if name in folders] for names in (TRAIN, TEST))

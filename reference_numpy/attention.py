@@ -25,7 +25,7 @@ def attention(q, k, v):
 def multi_head_self_attention(tokens, parameters, heads):
     """(s, c) -> (s, c): each head has its own q, k and v, projected from all channels; the heads' averages are joined.
 
-    A single matrix serves all heads: its rows are those of q first, head after head, then those of k, then those of v.
+    A single matrix serves all heads: its rows make q first, head by head, then k, then v.
     """
     p = parameters
     q, k, v = np.split(tokens @ p["qkv.weight"].T + p["qkv.bias"], 3, axis=1)  # (s, c) each

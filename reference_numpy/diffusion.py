@@ -18,7 +18,7 @@ def denoise(network, x, sigma, label, sigma_data, patch, time_scale):
     s = sigma[:, None, None, None]  # (n, 1, 1, 1)
     c_skip = sigma_data**2 / (s**2 + sigma_data**2)  # how much of x stays
     c_out = s * sigma_data / np.sqrt(s**2 + sigma_data**2)  # standard deviation of the rest, x0 - c_skip x
-    c_in = 1 / np.sqrt(s**2 + sigma_data**2)  # gives the network's input variance 1
+    c_in = 1 / np.sqrt(s**2 + sigma_data**2)  # scales the network's input to variance 1
     h = network(pixel_unshuffle(c_in * x, patch), time_scale * np.log(sigma) / 4, label)
     return c_skip * x + c_out * pixel_shuffle(h, patch)
 

@@ -4,9 +4,9 @@ import numpy as np
 
 
 def timestep_embedding(timesteps, dim, max_period=10_000):
-    """(n,) -> (n, dim): column k is sin(t · f_k), column dim/2 + k is cos(t · f_k).
+    """(n,) -> (n, dim): column k is sin(t · f_k), column half + k is cos(t · f_k), with half = dim // 2.
 
-    The frequencies f_k = max_period ** (-k / (dim/2 - 1)) go from 1 down to 1 / max_period. An odd dim gets a last
+    The frequencies f_k = max_period ** (-k / (half - 1)) go from 1 down to 1 / max_period. An odd dim gets a last
     column of zeros.
     """
     half = dim // 2

@@ -171,7 +171,7 @@ def test_a_gzip_bomb_is_not_unpacked(digits):
         file.write(idx(np.zeros((20, 12, 8), np.uint8)))
         file.write(bytes(1 << 26))
     tracemalloc.start()
-    with pytest.raises(data.DataError, match="damaged: its header promises 20 × 12 × 8 bytes of data, which is wrong"):
+    with pytest.raises(data.DataError, match="damaged: it doesn't hold the 20 × 12 × 8 bytes that its header promises"):
         data.load("fashion-mnist", "train", digits)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
