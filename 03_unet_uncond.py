@@ -991,11 +991,6 @@ def make_network(preset, n_classes, network_class=TimeUNet):
     return network_class(preset.patch**2, preset.widths, preset.depth, preset.groups)
 
 
-def make_denoise(denoiser, settings, label):
-    """denoise(x, sigma) for images with these labels `(n,)`; this lesson's networks ignore them."""
-    return denoiser
-
-
 def make_denoiser(network, settings, device):
     """A denoiser with that network, as fast as the device allows."""
     precision = tools.choose_precision(device)
@@ -1022,7 +1017,7 @@ def load_denoiser(path, make_network, device):
 
 def new_run(options, path, make_network):
     """A new network, its `RunSettings`, the checkpoint to start from (see `run_resumable`), and the training data:
-    images, uint8 `(n, 1, h, w)`, and labels, `(n,)`; or None if the run has finished and the data is slow to read."""
+    images, uint8 `(n, 1, h, w)`, and labels, `(n,)`."""
     preset_name = options.preset or "small"
     preset = PRESETS[preset_name]
     batch_size = options.batch_size or preset.batch_size
@@ -1038,43 +1033,38 @@ def new_run(options, path, make_network):
     if steps * batch_size < preset.images_seen / 10:
         enough = f"for {preset.images_seen:,}, use --epochs {math.ceil(preset.images_seen / n)}"
         print(f"note      training will see only {steps * batch_size:,} images, so expect noisy samples; {enough}")
-    known = {"network": type(network).__name__, "preset": preset_name, "steps": steps, "batch_size": batch_size}
-    known |= {"seed": options.seed, "data": train.name, "images": n, "classes": classes, "counts": tuple(counts)}
-    checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **known)
-    if train.slow and checkpoint and checkpoint["step"] == steps:
-        return network, checkpoint["settings"], checkpoint, None
     images = pad(torch.from_numpy(train.images)[:, None], preset)
     sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
     if not sigma_data:
         raise tools.UserError(f"{train.name}: all images are the same grey; there is nothing to learn")
-    settings = RunSettings(**known, size=train.images.shape[1:], sigma_data=sigma_data)
-    if checkpoint:
-        tools.check_same(path, checkpoint["settings"], **settings._asdict())
+    about_data = train.name, n, classes, train.images.shape[1:], sigma_data, tuple(counts)
+    settings = RunSettings(type(network).__name__, preset_name, steps, batch_size, options.seed, *about_data)
+    checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **settings._asdict())
     return network, settings, checkpoint or {"settings": settings, "step": 0}, (images, torch.from_numpy(train.labels))
 
 
 @torch.no_grad()
-def preview(ema, settings, make_denoise, held):
+def preview(ema, denoise, settings, held):
     """What the averaged network has learned so far: samples, one per class (at least 10, at most 20), and the mean loss
     on the batches in `held`, by name. The noise is always the same. See `run_resumable`."""
     n = min(20, len(settings.classes))
     noise_ids = [(settings.seed, i % n, i // n) for i in range(max(10, n))]
-    samples, _ = sample_images(functools.partial(make_denoise, ema, settings), noise_ids, settings, STEPS, ema.device)
+    samples, _ = sample_images(denoise, noise_ids, settings, STEPS, ema.device)
     losses = {name: [denoising_loss(ema, *batch).mean() for _, *batch in batches] for name, batches in held.items()}
     return samples, {name: float(torch.stack(each).mean()) for name, each in losses.items()}
 
 
-def fit(options, path, make_network, make_denoise, change_batches):
+def fit(options, path, make_network, guided, change_batches):
     """Train as the options say, or resume from the checkpoint at `path`; see `train_or_load`."""
     device = options.device
-    network, settings, checkpoint, dataset = new_run(options, path, make_network)
+    network, settings, checkpoint, (images, labels) = new_run(options, path, make_network)
     tools.join_processes(device, (settings, checkpoint["step"]))
     if checkpoint["step"] == settings.steps:
         print("training  finished in an earlier run; --restart starts over")
         return
     preset, denoiser = PRESETS[settings.preset], make_denoiser(network, settings, device)
     ema = copy.deepcopy(denoiser)
-    images, labels = (part.to(device) for part in dataset)
+    images, labels = images.to(device), labels.to(device)
     max_lr = preset.max_lr * (settings.batch_size / preset.batch_size) ** 0.5  # gradient noise falls as 1 / sqrt(batch)
     muon, adamw = use_muon(denoiser.parameters(), max_lr)
     shared = tools.distribute(denoiser.network)  # the same weights; each process computes its share
@@ -1098,18 +1088,19 @@ def fit(options, path, make_network, make_denoise, change_batches):
     print(f"device    {tools.PROCESSES} × {device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
     print(f"watch     {path.with_name('progress.png')} and loss.png")
     state = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}
-    tools.run_resumable(loop, functools.partial(preview, ema, settings, make_denoise, held), state, path, checkpoint)
+    show = functools.partial(preview, ema, guided(ema, settings), settings, held)
+    tools.run_resumable(loop, show, state, path, checkpoint)
 
 
-def train_or_load(options, path, make_network, make_denoise, change_batches=None):
+def train_or_load(options, path, make_network, guided=lambda denoiser, settings: denoiser, change_batches=None):
     """The averaged denoiser that the options ask for, and its settings: from the checkpoint at `path`, or trained now.
 
-    make_network(preset, n_classes): a new network. make_denoise(denoiser, settings, label): denoise(x, sigma) for
-    images with these labels. change_batches(batches, n_classes): modifies the batches of `draw_batches`. Raises
-    UserError or DataError if something is missing or doesn't fit; SystemExit after Ctrl-C.
+    make_network(preset, n_classes): a new network. guided(denoiser, settings): what previews are sampled with.
+    change_batches(batches, n_classes): modifies the batches of `draw_batches`. Raises UserError or DataError if
+    something is missing or doesn't fit; SystemExit after Ctrl-C.
     """
     if not options.sample_only:
-        fit(options, path, make_network, make_denoise, change_batches)
+        fit(options, path, make_network, guided, change_batches)
         tools.leave_processes()
     return load_denoiser(path, make_network, options.device)
 
@@ -1120,17 +1111,16 @@ def draw_noise(settings, noise_ids, device):
     return torch.stack([starting_noise(*noise_id, shape) for noise_id in noise_ids]).to(device)
 
 
-def sample_images(make_denoise, noise_ids, settings, steps, device):
+def sample_images(denoise, noise_ids, settings, steps, device):
     """Images `(n, 1, h, w)` in [-1, 1], one per noise id (seed, label, index); and the sampler's states for up to four.
-
-    make_denoise(label): denoise(x, sigma) for images with these labels, `(n,)`.
-    """
+    denoise(x, sigma, label): the predicted images."""
     images, strip = [], []
     for first in range(0, len(noise_ids), 200):
         batch = noise_ids[first : first + 200]
         shown = np.linspace(0, len(batch) - 1, min(len(batch), 4)).round().astype(int)
-        denoise = make_denoise(torch.tensor([label for _, label, _ in batch], device=device))
-        states = sample_dpm(denoise, draw_noise(settings, batch, device), noise_levels(steps))
+        label = torch.tensor([label for _, label, _ in batch], device=device)
+        noise = draw_noise(settings, batch, device)
+        states = sample_dpm(functools.partial(denoise, label=label), noise, noise_levels(steps))
         for sigma, x, x0_hat in tqdm(states, "sampling", steps + 1, leave=False, disable=None):
             if first == 0:
                 strip.append((sigma, *(crop(part[shown], settings.size).cpu() for part in (x, x0_hat))))
@@ -1148,8 +1138,8 @@ def save_samples(out, title, samples, rows=(), columns=10):
         kept = max(1, min(columns, 400 // len(rows)))
         shown, columns = images.unflatten(0, (-1, columns))[: len(rows), :kept].flatten(0, 1), kept
     part = f"\n{len(shown):,} of {len(images):,}" * (len(shown) < len(images))
-    tools.save_picture(tools.plot_grid(title + part, shown, columns, rows), out / "samples.png")
-    tools.save_picture(plot_denoising(f"From noise to image\n{title}", strip), out / "denoising.png")
+    tools.save_picture(out / "samples.png", tools.plot_grid, title + part, shown, columns, rows)
+    tools.save_picture(out / "denoising.png", plot_denoising, f"From noise to image\n{title}", strip)
 
 
 # %% The command
@@ -1163,10 +1153,9 @@ def main():
         return
     network_class = UntimedUNet if options.no_time else TimeUNet
     make = functools.partial(make_network, network_class=network_class)
-    denoiser, settings = train_or_load(options, options.out / "checkpoint.pt", make, make_denoise)
+    denoiser, settings = train_or_load(options, options.out / "checkpoint.pt", make)
     noise_ids = [(options.seed, 0, index) for index in range(options.n)]
-    denoise = functools.partial(make_denoise, denoiser, settings)
-    samples = sample_images(denoise, noise_ids, settings, options.steps, denoiser.device)
+    samples = sample_images(denoiser, noise_ids, settings, options.steps, denoiser.device)
     save_samples(options.out, f"{settings.title}, {options.steps} steps", samples)
 
 

@@ -108,10 +108,10 @@ def drop_labels(batches, n_classes):
         yield step, x0, sigma, noise, label.masked_fill(dropped, n_classes)
 
 
-def make_network(preset, n_classes, network_class=CondUNet):
+def make_network(preset, n_classes):
     """A new network for one of the presets of 03."""
     attention = preset.attention_levels, preset.head_dim
-    return network_class(preset.patch**2, preset.widths, preset.depth, preset.groups, *attention, n_classes)
+    return CondUNet(preset.patch**2, preset.widths, preset.depth, preset.groups, *attention, n_classes)
 
 
 @functools.cache
@@ -122,11 +122,12 @@ def load_demo_model():
     return lesson3.load_denoiser(path if path.exists() else PRETRAINED, make_network, tools.choose_device("auto"))
 
 
-def generate(denoise, noise_ids):
-    """The images `(n, 1, h, w)` sampled with `denoise`. noise_ids: one (seed, label, index) per image."""
+def generate(denoise, label, noise_ids):
+    """Images `(n, 1, h, w)` with these labels `(n,)`, by denoise(x, sigma, label). noise_ids: one (seed, label, index)
+    per image; they only choose the noise."""
     denoiser, settings = load_demo_model()
     noise = lesson3.draw_noise(settings, noise_ids, denoiser.device)
-    *_, (_, x, _) = lesson3.sample_dpm(denoise, noise, lesson3.noise_levels())
+    *_, (_, x, _) = lesson3.sample_dpm(functools.partial(denoise, label=label), noise, lesson3.noise_levels())
     return lesson3.crop(x, settings.size).clamp(-1, 1).cpu()
 
 
@@ -138,7 +139,7 @@ def show_labels():
         return print("   this section needs at least two classes")
     label = torch.arange(n, device=denoiser.device).repeat(rows)
     noise_ids = [(0, 0, row) for row in range(rows) for _ in range(n)]
-    images = generate(functools.partial(denoiser, label=label), noise_ids)  # (rows n) 1 h w
+    images = generate(denoiser, label, noise_ids)  # (rows n) 1 h w
     table = images.unflatten(0, (rows, n))
     across, down = lesson3.pixel_std(table.transpose(0, 1)), lesson3.pixel_std(table)
     subtitle = f"pixels' standard deviation: {across:.2f} across a row, {down:.2f} down a column; {settings.data}"
@@ -164,14 +165,14 @@ def choose_guidance(images_seen):
     return GUIDANCE if images_seen < 600_000 else GUIDANCE_LONG
 
 
-def guide(denoiser, label, guidance, below=GUIDED_BELOW):
-    """denoise(x, sigma) for a sampler; one batched call makes both predictions. label: int64 `(n,)`. guidance: w; 0
-    gives the prediction with the label, -1 the one without. below: w is 0 above this sigma (the guidance interval)."""
-    both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
+def guide(denoiser, guidance, below=GUIDED_BELOW):
+    """The guided denoiser, denoise(x, sigma, label); one batched call makes both predictions. guidance: w; 0 gives the
+    prediction with the label, -1 the one without. below: w is 0 above this sigma (the guidance interval)."""
 
-    def denoise(x, sigma):
+    def denoise(x, sigma, label):
         if guidance == 0 or sigma > below:
             return denoiser(x, sigma, label)
+        both_labels = torch.cat([label, torch.full_like(label, denoiser.network.n_classes)])
         with_label, without = denoiser(torch.cat([x, x]), sigma, both_labels).chunk(2)
         return with_label + guidance * (with_label - without)
 
@@ -185,7 +186,7 @@ def show_line():
     x = 3 * lesson3.draw_noise(settings, [(0, i, 0) for i in range(n)], denoiser.device)  # nothing but noise
     label = torch.arange(n, device=x.device)
     weights = {"no label": -1, "label": 0, "guidance 0.5": 0.5, "guidance 1": 1, "guidance 3": 3}
-    points = [guide(denoiser, label, w, math.inf)(x, 3.0) for w in weights.values()]
+    points = [guide(denoiser, w, math.inf)(x, 3.0, label) for w in weights.values()]
     away = [f"{(point - points[1]).square().mean().sqrt():.2f}" for point in points]
     print(f"   RMS distance from the prediction with the label, at guidance -1, 0, 0.5, 1, 3: {', '.join(away)}")
     images = lesson3.crop(torch.cat(points), settings.size).cpu()
@@ -208,7 +209,7 @@ def show_guidance():
     kinds = {"guidance 0": (0, 0), f"1, {quiet}": (1, GUIDED_BELOW), f"3, {quiet}": (3, GUIDED_BELOW)}
     kinds["3, always"] = 3, math.inf
     for name, (w, below) in kinds.items():
-        images = generate(guide(denoiser, label, w, below), noise_ids)
+        images = generate(guide(denoiser, w, below), label, noise_ids)
         rows.append(images[:n])
         spread.append(lesson3.pixel_std(images.unflatten(0, (per_class, n))))
         print(f"   {name:14}: spread within a class {spread[-1]:.2f}; mean pixel {images.mean():.2f}")
@@ -241,8 +242,7 @@ def show_blend():
     names = [f"{settings.classes[one]} to\n{settings.classes[other]}" for one, other in pairs]
     label = torch.arange(steps, device=denoiser.device)
     for one, other in pairs:
-        denoise = functools.partial(blend(denoiser, one, other, steps), label=label)
-        rows.append(generate(denoise, [(0, one, 0)] * steps))
+        rows.append(generate(blend(denoiser, one, other, steps), label, [(0, one, 0)] * steps))
         jumps = rows[-1].diff(dim=0).flatten(1).norm(dim=1)
         largest.append(float(jumps.max() / jumps.sum()))
     subtitle = f"the largest of {steps - 1} steps: {min(largest):.0%} to {max(largest):.0%} of the way; {settings.data}"
@@ -362,7 +362,7 @@ def parse_options():
     parser.set_defaults(n=10, steps=lesson3.STEPS)
     options = tools.parse_run_options(parser)
     if options.pretrained and options.out == Path(parser.get_default("out")):
-        options.out = tools.writable_folder(tools.RUNS / "pretrained")  # never overwrite the user's own samples
+        options.out = tools.RUNS / "pretrained"  # never overwrite the user's own samples
     return options
 
 
@@ -379,14 +379,13 @@ def main():
     def choose(settings):
         return choose_guidance(settings.images_seen) if options.guidance is None else options.guidance
 
-    def make_denoise(denoiser, settings, label):
-        return guide(denoiser, label, choose(settings))
+    def guided(denoiser, settings):
+        return guide(denoiser, choose(settings))
 
-    denoiser, settings = lesson3.train_or_load(options, path, make_network, make_denoise, drop_labels)
+    denoiser, settings = lesson3.train_or_load(options, path, make_network, guided, drop_labels)
     wanted = find_classes(options.class_name, settings.classes)
-    denoise = functools.partial(make_denoise, denoiser, settings)
     noise_ids = [(options.seed, label, index) for label in wanted for index in range(options.n)]
-    samples = lesson3.sample_images(denoise, noise_ids, settings, options.steps, denoiser.device)
+    samples = lesson3.sample_images(guided(denoiser, settings), noise_ids, settings, options.steps, denoiser.device)
     title = f"{settings.title}, {options.steps} steps, guidance {choose(settings):g}"
     if options.class_name is None:
         lesson3.save_samples(options.out, title, samples, settings.classes, options.n)

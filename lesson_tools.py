@@ -64,7 +64,6 @@ def section(show):
 def run_sections(script, out):
     """Run a script's show_ functions, each under its section's title, and save their pictures in the folder `out`.
     script: its `globals()`."""
-    out.mkdir(parents=True, exist_ok=True)
     lines = Path(script["__file__"]).read_text(encoding="utf-8").splitlines()
     for name, show in list(script.items()):
         if name.startswith("show_"):
@@ -73,7 +72,7 @@ def run_sections(script, out):
             print(f"\n{title}")
             if figure := show():
                 number = int(title.partition(".")[0])
-                save_picture(figure, out / f"{number:02}_{name.removeprefix('show_')}.png")
+                save_picture(out / f"{number:02}_{name.removeprefix('show_')}.png", lambda: figure)
 
 
 def run_command(main):
@@ -118,7 +117,7 @@ def plot_lines(axes, x, lines, **labels):
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
-        if axis.get_scale() == "log":  # 0.1 instead of 10 to the power of -1
+        if axis.get_scale() == "log":  # matplotlib would write 10^{-1} in math, which is off
             axis.set(major_formatter="{x:g}", minor_formatter="")
 
 
@@ -183,21 +182,14 @@ def plot_losses(title, losses, previews):
     axes.plot(losses, color="0.8", linewidth=0.7)
     axes.plot(range(window - 1, len(losses)), smooth, color="black", label="batches (running mean)")
     steps, _, measured = zip(*previews, strict=True)
-    for name, line in zip(measured[0], ("--", "-"), strict=False):
-        values = [each[name] for each in measured]
+    for name, line in zip({**measured[0], **measured[-1]}, ("--", "-"), strict=False):
+        values = [each.get(name, math.nan) for each in measured]
         axes.plot(steps, values, line, color="tab:orange", marker="o", markersize=4, label=f"averaged weights, {name}")
     top = max(2.5 * np.median(losses), 1.5 * max(measured[-1].values()))
     axes.set(xlabel="step", ylabel="loss", ylim=(0, top))
     axes.legend(loc="upper right")
     set_title(figure, title)
     return figure
-
-
-def plot_previews(title, previews, batch_size):
-    """A row of samples for each preview, a tuple (step, uint8 images `(n, 1, h, w)`, {name: loss})."""
-    rows = [f"{step * batch_size:,} images\nloss {[*losses.values()][-1]:.3f}" for step, _, losses in previews]
-    images = torch.cat([images for _, images, _ in previews]) / 127.5 - 1
-    return plot_grid(title, images, len(previews[0][1]), rows)
 
 
 # %% Files
@@ -207,6 +199,7 @@ def write_atomically(path, save):
     buffer, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
     save(buffer)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(buffer.getvalue())
         part.replace(path)
     except OSError as error:
@@ -215,25 +208,26 @@ def write_atomically(path, save):
         part.unlink(missing_ok=True)
 
 
-def save_picture(figure, path, quiet=False):
-    """Write the figure, say so, and close it. A failure only prints a line, so no result is lost."""
+def save_picture(path, plot, *arguments, quiet=False):
+    """Write the figure that plot(*arguments) returns, and say so. A failure only prints a line: no result is lost."""
     try:
+        figure = plot(*arguments)
+        plt.close(figure)  # a closed figure can still be saved
         write_atomically(path, functools.partial(figure.savefig, format="png"))
         if not quiet:
             tqdm.write(f"wrote {path}")
     except Exception as error:  # of any kind: a picture isn't worth losing a run over
         tqdm.write(f"{path}: not written ({error})")
-    plt.close(figure)
 
 
 def writable_folder(text):
-    """For argparse: a writable folder, created if necessary. Better to fail now than after training."""
+    """For argparse: a writable folder, or one that can be created. Better to fail now than after training."""
     folder = data.expand(text)
     try:
         if not text:
             raise OSError("its name is empty")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        there = next(each for each in (folder, *folder.parents) if each.exists())
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"must be a writable folder ({error})") from error
     return folder
@@ -366,11 +360,9 @@ def load_checkpoint(path, kind, **asked):
 def check_same(path, settings, **asked):
     """Raise UserError if a checkpoint's settings differ from those asked for."""
     there = settings._asdict()
-    differing = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
-    if differing:
-        raise UserError(
-            f"{path}: from another run ({', '.join(differing)}); use its options, --restart or another --out"
-        )
+    others = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
+    if others:
+        raise UserError(f"{path}: from another run ({', '.join(others)}); use its options, --restart or another --out")
 
 
 def restore(path, checkpoint, state):
@@ -419,10 +411,13 @@ def read_numbers(recent, step):
 
 
 def draw_progress(folder, settings, losses, previews):
-    """Draw `loss.png` and `progress.png` in the folder; see `plot_losses` and `plot_previews`."""
-    figure = plot_previews(f"The same noise, as training goes on\n{settings.title}", previews, settings.batch_size)
-    save_picture(figure, folder / "progress.png", quiet=True)
-    save_picture(plot_losses(f"The loss\n{settings.title}", losses, previews), folder / "loss.png", quiet=True)
+    """Draw `progress.png`, a row of samples for each preview, and `loss.png`. previews: tuples (step, uint8 images
+    `(n, 1, h, w)`, {name: loss})."""
+    rows = [f"{step * settings.batch_size:,} images\nloss {[*found.values()][-1]:.3f}" for step, _, found in previews]
+    images = torch.cat([images for _, images, _ in previews]) / 127.5 - 1
+    title = f"The same noise, as training goes on\n{settings.title}"
+    save_picture(folder / "progress.png", plot_grid, title, images, len(previews[0][1]), rows, quiet=True)
+    save_picture(folder / "loss.png", plot_losses, f"The loss\n{settings.title}", losses, previews, quiet=True)
 
 
 def run_resumable(loop, preview, state, path, checkpoint):
@@ -551,8 +546,6 @@ def parse_run_options(parser):
     if options.data_dir == "":
         parser.error("--data-dir is empty (an unset variable?): name a folder, or leave it out")
     if options.data_dir and options.out.resolve().is_relative_to(data.expand(options.data_dir).resolve()):
-        with contextlib.suppress(OSError):  # it isn't empty
-            options.out.rmdir()
         parser.error("--out must not lie in the --data-dir folder, or its pictures would become training data")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir

@@ -1,8 +1,10 @@
 """The data sets: Fashion-MNIST, synthetic garments (no download needed), and your own images."""
 
-import functools
 import os
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from data import fashion_mnist, garments, pictures
 from data.fashion_mnist import DataError
@@ -13,22 +15,17 @@ NAMES = ("auto", "fashion-mnist", "garments")
 SPLITS = ("train", "test")
 
 
-class Dataset:
-    """One split of a data set: images (uint8 `(n, height, width)`, with background 0), labels (int64 `(n,)`), classes
-    (the name of each label), and the data set's name, for titles and checkpoints."""
+class Dataset(NamedTuple):
+    """One split of a data set."""
 
-    def __init__(self, read_images, labels, classes, name, slow=False):
-        self.read_images, self.labels, self.slow = read_images, labels, slow  # slow: whether reading takes a while
-        self.name, *self.classes = (text.encode(errors="replace").decode() for text in (name, *classes))  # printable
-        self.classes = tuple(self.classes)
-
-    @functools.cached_property
-    def images(self):
-        return self.read_images()
+    images: np.ndarray  # uint8 `(n, height, width)`, with background 0
+    labels: np.ndarray  # int64 `(n,)`
+    classes: tuple[str, ...]  # the name of each label
+    name: str  # of the data set, for titles and checkpoints
 
 
 def load(name="auto", split="train", data_dir=None, download=True):
-    """A split of a data set, as a `Dataset`. Your own images are read when `.images` is first used.
+    """A split of a data set, as a `Dataset`.
 
     name: "fashion-mnist" (or your own data in `data_dir`), "garments" (synthetic), or "auto": Fashion-MNIST or your
         data, but garments if Fashion-MNIST is unavailable.
@@ -37,8 +34,8 @@ def load(name="auto", split="train", data_dir=None, download=True):
         `$FASHION_MNIST_DIR`, if it is set. Must be None for garments.
     download: whether Fashion-MNIST may be downloaded; if not, "auto" uses it only if it is already on disk.
 
-    Raises DataError, with a one-line message for the user, if files are missing or damaged (your own images are
-    checked only when they are read); ValueError for an unknown name.
+    Raises DataError, with a one-line message for the user, if files are missing or damaged; ValueError for an unknown
+    name.
     """
     if name not in NAMES or split not in SPLITS:
         raise ValueError(f"no data set {name!r}, {split!r}: name is one of {NAMES}, split one of {SPLITS}")
@@ -49,19 +46,25 @@ def load(name="auto", split="train", data_dir=None, download=True):
     named = os.environ.get("FASHION_MNIST_DIR") if data_dir is None else data_dir
     if name != "garments":
         folder = descend(expand(named)) if named else None
+        title = printable(Path(named or fashion_mnist.CACHES[0]).resolve().name)
         if folder and not fashion_mnist.is_in(folder):
-            return Dataset(*pictures.load(split, folder), Path(named).resolve().name, slow=True)
+            images, labels, classes = pictures.load(split, folder)
+            return Dataset(images, labels, tuple(map(printable, classes)), title)
         try:
             images, labels, classes, official = fashion_mnist.load(split, folder, download)
-            title = official or Path(named or fashion_mnist.CACHES[0]).resolve().name
-            return Dataset(lambda: images, labels, classes, title)
+            return Dataset(images, labels, classes, official or title)
         except fashion_mnist.DownloadError as error:
             if name == "fashion-mnist":
                 raise
             if download:
                 print(f"{error}; using synthetic garments instead")
     images, labels = garments.draw(split)
-    return Dataset(lambda: images, labels, fashion_mnist.CLASSES, "garments")
+    return Dataset(images, labels, fashion_mnist.CLASSES, "garments")
+
+
+def printable(text):
+    """The text, with a question mark for each byte of a file name that isn't UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def expand(text):

@@ -9,10 +9,9 @@ import hashlib
 import http.client
 import os
 import tempfile
-import threading
+import time
 import urllib.request
 import zlib
-from concurrent.futures import Future, wait
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ HOSTS = (
 MOST_BYTES = 2**31  # of pixels in a file: a header that promises more is damaged
 MOST_FETCHED = 2**25  # bytes per download
 SLOWEST = 10_000  # bytes/s
-PATIENCE = 20  # seconds over which the speed is averaged
+PATIENCE = 20  # seconds without a byte, and over which the speed is averaged
 # each split's files (images, labels); each file's SHA-256: gzipped, as distributed, then unpacked
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -165,34 +164,20 @@ def download(name, folder):
 
 
 def fetch(url):
-    """The bytes at url. Raises OSError or HTTPException if they are unavailable, too many, or too slow.
-
-    A thread reads them, because we can walk away from a thread: a host may send a byte of its header now and then, and
-    no socket timeout would end that.
-    """
-    received, result = bytearray(), Future()
-
-    def receive():
-        try:
-            with urllib.request.urlopen(url) as response:
-                bar.total = response.length
-                while chunk := response.read1(1 << 16):  # whatever has arrived, without waiting for more
-                    received.extend(chunk)
-                    bar.update(len(chunk))
-                    if len(received) > MOST_FETCHED:
-                        raise OSError(f"more than {MOST_FETCHED:,} bytes")
-            result.set_result(bytes(received))
-        except Exception as error:
-            result.set_exception(error)
-
-    with tqdm(desc=url.rpartition("/")[2], unit="B", unit_scale=True, leave=False) as bar:
-        threading.Thread(target=receive, daemon=True).start()
-        before = 0
-        while not wait([result], PATIENCE).done:
-            if len(received) < before + SLOWEST * PATIENCE:
-                raise OSError(f"too slow: under {SLOWEST:,} bytes/s")
-            before = len(received)
-    return result.result()
+    """The bytes at url. Raises OSError or HTTPException if they are unavailable, too many, or too slow."""
+    received, before, checked = bytearray(), 0, time.monotonic()
+    look = {"desc": url.rpartition("/")[2], "unit": "B", "unit_scale": True, "leave": False}
+    with urllib.request.urlopen(url, timeout=PATIENCE) as response, tqdm(total=response.length, **look) as bar:
+        while chunk := response.read1(1 << 16):  # whatever has arrived, without waiting for more
+            received += chunk
+            bar.update(len(chunk))
+            if len(received) > MOST_FETCHED:
+                raise OSError(f"more than {MOST_FETCHED:,} bytes")
+            if time.monotonic() > checked + PATIENCE:
+                if len(received) < before + SLOWEST * PATIENCE:
+                    raise OSError(f"too slow: under {SLOWEST:,} bytes/s")
+                before, checked = len(received), time.monotonic()
+    return bytes(received)
 
 
 def keep(content, path):

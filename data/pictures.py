@@ -65,10 +65,8 @@ def find_classes(folder, name):
 
 
 def load(split, folder):
-    """(read_images, labels, class names). Raises DataError, and so may read_images().
-
-    read_images() converts the images to greyscale, fits them to 28 × 28 on black, and prints what it skipped or lost.
-    """
+    """Images (uint8 `(n, 28, 28)`), labels (int64 `(n,)`) and class names. The images are converted to greyscale and
+    fitted to 28 × 28 on black; what was skipped or lost is printed. Raises DataError."""
     splits = train, test = find(folder)
     classes, chosen = tuple(train), train if split == "train" else test
     if unknown := [name for name in test if name not in train]:
@@ -76,12 +74,10 @@ def load(split, folder):
         advice = "to use the training images alone, pass their folder"
         raise DataError(f"{folder}: test images {which}, but no such training images; {advice}")
 
-    def read_images():
-        paths = sorted({path for each in splits for paths in each.values() for path in paths})
-        images = read_all(folder, tuple((path, path.exists() and path.stat().st_mtime_ns) for path in paths))
-        return np.stack([images[path] for paths in chosen.values() for path in paths])
-
-    return read_images, np.array([classes.index(name) for name in chosen for _ in chosen[name]]), classes
+    paths = sorted({path for each in splits for paths in each.values() for path in paths})
+    found = read_all(folder, tuple((path, path.exists() and path.stat().st_mtime_ns) for path in paths))
+    images = np.stack([found[path] for paths in chosen.values() for path in paths])
+    return images, np.array([classes.index(name) for name in chosen for _ in chosen[name]]), classes
 
 
 @functools.lru_cache(maxsize=1)

@@ -27,7 +27,6 @@ from reference_numpy.diffusion import (
     sample_dpm,
     sample_flow,
     sample_heun,
-    starting_noise,
 )
 from reference_numpy.embedding import shift_matrix, timestep_embedding
 from reference_numpy.layers import (

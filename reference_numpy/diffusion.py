@@ -54,11 +54,6 @@ def noise_levels(steps, sigma_min, sigma_max, rho=7):
     return sigmas
 
 
-def starting_noise(seed, label, index, shape):
-    """The noise that image `index` of a class starts from: standard normal, and a function of these numbers alone."""
-    return np.random.default_rng((seed, label, index)).standard_normal(shape, np.float32)
-
-
 # Each sampler takes denoise(x, sigma), with one number sigma; noise (n, c, h, w) of variance 1; and falling noise
 # levels that end with 0. It returns x at each of them: the first is pure noise, the last the images.
 

@@ -96,8 +96,8 @@ def main():
             share = bars_match(samples).float().mean()
             print(f"   {name:26}{share:7.1%}   {time.perf_counter() - began:.0f} s", flush=True)
             shown[name] = samples[:10].clamp(-1, 1)
-    figure = tools.plot_grid("Two bars that have to match", torch.cat(list(shown.values())), 10, shown)
-    tools.save_picture(figure, options.out / "bars.png")
+    images = torch.cat(list(shown.values()))
+    tools.save_picture(options.out / "bars.png", tools.plot_grid, "Two bars that have to match", images, 10, shown)
 
 
 if __name__ == "__main__":

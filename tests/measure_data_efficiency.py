@@ -145,7 +145,7 @@ def main():
     for name, values in results.items():
         cells = (f"{row.mean():.1f} ({row.min():.1f} to {row.max():.1f})" for row in values)
         print(f"{name:26}" + "".join(f"{cell:>22}" for cell in cells))
-    tools.save_picture(draw(results, sizes, train_set.name), options.out / "data_efficiency.png")
+    tools.save_picture(options.out / "data_efficiency.png", draw, results, sizes, train_set.name)
 
 
 if __name__ == "__main__":

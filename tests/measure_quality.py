@@ -1,9 +1,8 @@
 """How good are the samples of lessons 3 and 4? Two classifiers measure them. Run by hand.
 
     python tests/measure_quality.py CHECKPOINT [--n N] [--steps S] [--guidance W]
-    python tests/measure_quality.py CHECKPOINT --sweep      the distance against steps, and against guidance
 
-The first prints three measures, for the samples, for as many training images (nobody can expect to do better) and for
+It prints three measures, for the samples, for as many training images (nobody can expect to do better) and for
 white noise: the Fréchet distance to the test images (as in FID, but in the features of two small classifiers trained on
 Fashion-MNIST); the class accuracy, the share that a classifier assigns to the class asked for; and the distance to the
 nearest training image, which shows whether the network copies.
@@ -28,9 +27,6 @@ import lesson_tools as tools
 
 lesson3 = importlib.import_module("03_unet_uncond")
 lesson4 = importlib.import_module("04_unet_cond")
-
-SWEPT_STEPS = (4, 6, 9, 12, 18, 36)
-SWEPT_GUIDANCE = (0, 0.4, 0.8, 1.0, 1.2, 1.4, 1.6, 2)
 
 
 # %% The samples
@@ -57,11 +53,8 @@ def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None, seed
     """
     n_classes = 1 if guidance is None else len(settings.classes)
     noise_ids = [(seed, i % n_classes, i // n_classes) for i in range(n)]
-
-    def make_denoise(label):
-        return denoiser if guidance is None else lesson4.guide(denoiser, label, guidance, below)
-
-    images, _ = lesson3.sample_images(make_denoise, noise_ids, settings, steps, denoiser.device)
+    denoise = denoiser if guidance is None else lesson4.guide(denoiser, guidance, below)
+    images, _ = lesson3.sample_images(denoise, noise_ids, settings, steps, denoiser.device)
     return images, None if guidance is None else torch.arange(n) % n_classes
 
 
@@ -153,8 +146,7 @@ def measure_copies(images, baselines, train, test, device):
 
 # %% The measurement of a checkpoint
 def measure(options, denoiser, settings, train, test, panel):
-    """All figures of one checkpoint, with the steps and guidance of the command line. The noise is not a sweep's, since
-    sweeps serve to choose the guidance."""
+    """All figures of one checkpoint. The noise isn't the one that guidance was chosen with (seed 0)."""
     images, labels = draw_samples(denoiser, settings, options.n, options.steps, options.guidance, seed=1)
     baselines = Baselines(train, options.n)
     rows = {"samples": (images, labels), "training images": (baselines.images, baselines.labels)}
@@ -163,34 +155,17 @@ def measure(options, denoiser, settings, train, test, panel):
     measure_copies(images, baselines, train, test, denoiser.device)
 
 
-def sweep(options, denoiser, settings, train, panel):
-    """The distance against steps, and against guidance if there is a label; the command line fixes the other one."""
-    pairs = [(steps, options.guidance) for steps in sorted({*SWEPT_STEPS, options.steps})]
-    if options.guidance is not None:
-        pairs += [(options.steps, guidance) for guidance in sorted({*SWEPT_GUIDANCE, options.guidance})]
-
-    def measure_pairs():
-        for steps, guidance in dict.fromkeys(pairs):
-            shown = "-" if guidance is None else f"{guidance:g}"
-            yield f"{steps:5}{shown:>10}", panel.measure(*draw_samples(denoiser, settings, options.n, steps, guidance))
-        yield "training images", panel.measure(Baselines(train, options.n).images)
-
-    print_table("steps  guidance", measure_pairs())
-
-
 # %% The command
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add, number = parser.add_argument, tools.number
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint.pt of a run of 03 or 04")
-    add("--sweep", action="store_true", help="measure the distance against steps, and against guidance")
-    add("--n", metavar="N", type=number(int, 20, 60_000), help="samples (default: 10,000; in a sweep 2,000)")
+    add("--n", metavar="N", type=number(int, 20, 60_000), default=10_000, help="samples (default: 10,000)")
     add("--steps", metavar="S", type=number(int, 1, 10**6), default=lesson3.STEPS, help="steps (default: %(default)s)")
     add("--guidance", metavar="W", type=number(float, 0, 100), help="guidance strength (default: as in 04)")
     add("--data-dir", metavar="DIR", help="folder with Fashion-MNIST's four files (default: $FASHION_MNIST_DIR)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: cuda if available, else cpu")
     options = parser.parse_args()
-    options.n = options.n or (2_000 if options.sweep else 10_000)
     device = tools.choose_device(options.device)
     train, test = (tools.load_data("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
     denoiser, settings = load_denoiser(options.checkpoint, device)
@@ -205,10 +180,7 @@ def main():
         options.guidance = lesson4.choose_guidance(settings.images_seen)
     guidance = "" if options.guidance is None else f", guidance {options.guidance:g}"
     print(f"samples   {options.n:,} in {options.steps} steps{guidance}")
-    if options.sweep:
-        sweep(options, denoiser, settings, train, Panel(test, device))
-    else:
-        measure(options, denoiser, settings, train, test, Panel(test, device))
+    measure(options, denoiser, settings, train, test, Panel(test, device))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ are clipped. (60,000 images in batches of 512 are 117 steps; the lecture trained
 """
 
 import copy
+import functools
 import importlib
 import json
 import math
@@ -251,7 +252,8 @@ def sample(recipe, settings, denoiser, n, guidance, below=lesson4.GUIDED_BELOW):
     sigmas, images, n_classes = sigma_of(torch.linspace(0.99, 0, 100)).tolist(), [], len(settings.classes)
     torch.manual_seed(0)
     for numbers in torch.arange(n).split(200):
-        denoise = lesson4.guide(denoiser, (numbers % n_classes).to(denoiser.device), guidance, below)
+        label = (numbers % n_classes).to(denoiser.device)
+        denoise = functools.partial(lesson4.guide(denoiser, guidance, below), label=label)
         noise_ids = [(0, i % n_classes, i // n_classes) for i in numbers.tolist()]
         x = sample_ddpm(denoise, lesson3.draw_noise(settings, noise_ids, denoiser.device), sigmas)
         images.append(lesson3.crop(x, settings.size).clamp(-1, 1).cpu())
@@ -437,7 +439,7 @@ def main():
             print(f"\n{each}")
             print_table(lines)
             if any(line["row"] in ROAD for line in lines):
-                tools.save_picture(plot_road(lines), options.out / "road.png")
+                tools.save_picture(options.out / "road.png", plot_road, lines)
         return
     if options.row not in RECIPES:
         raise tools.UserError(f"{options.row!r}: must be one of {', '.join(RECIPES)}")

@@ -100,7 +100,7 @@ def start_sampling(competitor, device, batch_size, steps, guidance, sampler=less
     noise = torch.randn(images.shape, device=device)
 
     def run():
-        denoise = lesson4.guide(denoiser, label, guidance)
+        denoise = functools.partial(lesson4.guide(denoiser, guidance), label=label)
         for _ in sampler(denoise, noise, lesson3.noise_levels(steps)):
             pass
 

@@ -103,7 +103,7 @@ def test_a_token_is_the_normalised_patch_around_its_pixel():
 def test_one_garment_of_each_class_also_of_other_data(monkeypatch):
     """The other data: images that are not 28 × 28, few classes, and one of them empty."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 14, 7), np.uint8)
-    test = data.Dataset(lambda: pixels, np.array([2, 2, 0, 2, 0, 0]), ("none", "all", "some"), "symbols")
+    test = data.Dataset(pixels, np.array([2, 2, 0, 2, 0, 0]), ("none", "all", "some"), "symbols")
     monkeypatch.setattr(tools, "load_data", lambda split, download: test)
     images, classes, name = tools.load_one_of_each()
     assert classes == ["none", "some"] and name == "symbols" and images.shape == (2, 1, 28, 28)

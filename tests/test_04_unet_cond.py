@@ -104,7 +104,7 @@ def test_guidance_is_a_line_through_two_predictions(lesson3, lesson4, cond_unet,
     label = torch.tensor([2, 0, 1])
     calls = []
     cond_unet.register_forward_hook(lambda _, inputs, output: calls.append(len(output)))
-    found = lesson4.guide(denoiser, label, guidance, **more)(x, sigma)
+    found = lesson4.guide(denoiser, guidance, **more)(x, sigma, label)
     assert calls == [6 if guided and guidance else 3]  # one call, without the half that isn't needed
     with_label, without = denoiser(x, sigma, label), denoiser(x, sigma, torch.full((3,), 3))
     assert (with_label - without).abs().max() > 1e-2
@@ -156,7 +156,7 @@ def test_each_row_leads_from_one_class_to_another(lesson4, monkeypatch, n):
     rows, settings = [], SimpleNamespace(classes=tuple(map(str, range(n))), data="pictures")
     monkeypatch.setattr(lesson4, "load_demo_model", lambda: (SimpleNamespace(device="cpu"), settings))
     monkeypatch.setattr(lesson4, "blend", lambda denoiser, one, other, steps: rows.append((one, other)) or print)
-    monkeypatch.setattr(lesson4, "generate", lambda denoise, noise_ids: torch.rand(len(noise_ids), 1, 4, 4))
+    monkeypatch.setattr(lesson4, "generate", lambda denoise, label, noise_ids: torch.rand(len(noise_ids), 1, 4, 4))
     lesson4.show_blend()
     assert rows and all(one != other and max(one, other) < n for one, other in rows)
 

@@ -240,9 +240,8 @@ ANSWER = b"HTTP/1.0 200 OK\r\n"
         (b"HTTP/1.0 503 Busy\r\n\r\n", b"", 0, "503"),
         (b"SSH-2.0 no web server\r\n", b"", 0, "SSH-2.0"),
         (b"", b"", 0, "closed connection"),
-        (b"", b"", 60, "too slow"),
-        (ANSWER + b"X: ", b"x", 0.05, "too slow"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0", 0.05, "too slow"),
+        (b"", b"", 60, "timed out"),
+        (ANSWER + b"\r\nhalf of it", b"", 60, "timed out"),
         (ANSWER + b"\r\n", b"x", 0.05, "too slow"),
         (ANSWER + b"\r\n" + bytes(300_000), b"x", 0.05, "too slow"),
         (ANSWER + b"\r\n", bytes(1 << 20), 0, "more than"),
@@ -261,11 +260,11 @@ def test_a_misbehaving_host_is_abandoned(host, tmp_path, monkeypatch, answer, ag
                     self.request.sendall(again)
                     time.sleep(pause)
 
-    patience = 0.3 if complaint == "too slow" else 60  # a good answer gets enough time, however busy the machine is
+    slow = complaint in ("too slow", "timed out")  # a good answer gets enough time, however busy the machine is
     fetch = fashion_mnist.fetch
 
     def fetch_patiently(url):
-        monkeypatch.setattr(fashion_mnist, "PATIENCE", patience if url.startswith(bad) else 60)
+        monkeypatch.setattr(fashion_mnist, "PATIENCE", 0.3 if slow and url.startswith(bad) else 60)
         return fetch(url)
 
     monkeypatch.setattr(fashion_mnist, "fetch", fetch_patiently)
@@ -330,7 +329,6 @@ def test_folders_of_pictures(tmp_path, monkeypatch, capsys):
     (folder / ".hidden").mkdir()
     (folder / "readme.png").write_text("beside the classes, so not asked for")
     train, test = (data.load("auto", split, folder) for split in data.SPLITS)
-    assert capsys.readouterr().out == ""  # nothing has been read
     assert train.classes == test.classes == tuple(f"class {label}" for label in range(10))
     assert train.name == test.name == "squares"
     assert train.images.shape == (90, 28, 28) and test.images.shape == (10, 28, 28)

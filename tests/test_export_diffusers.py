@@ -1,5 +1,6 @@
 """Trained networks in diffusers: the same outputs, the export as a command, and the lines that sample from it."""
 
+import functools
 import json
 import re
 import subprocess
@@ -110,6 +111,6 @@ def test_the_lines_for_diffusers_draw_what_lesson_4_draws(
     exec(compile(lines, "diffusers.md", "exec"), names)
     torch.manual_seed(1)
     noise = torch.nn.functional.pixel_shuffle(torch.randn(16, patch**2, 8 // patch, 12 // patch), patch)
-    denoise = lesson4.guide(denoiser, torch.full((16,), 9), lesson4.GUIDANCE_LONG)
+    denoise = functools.partial(lesson4.guide(denoiser, lesson4.GUIDANCE_LONG), label=torch.full((16,), 9))
     *_, (_, images, _) = lesson3.sample_dpm(denoise, noise, lesson3.noise_levels())
     compare("the lines for diffusers, guided steps", names["x"], images, TOLERANCE)

@@ -69,7 +69,9 @@ def test_pictures_go_to_the_project_wherever_a_script_is_run(tmp_path, monkeypat
     parser = tools.make_parser("elsewhere/05_next.py", "Lesson 5: what is next.\n\nMore.")
     assert parser.description == "Lesson 5: what is next."
     assert parser.parse_args([]).out == tmp_path / "runs" / "05_next"
-    assert (tmp_path / "runs" / "05_next").is_dir()
+    assert list(tmp_path.iterdir()) == []  # the folder comes with the first file
+    tools.write_atomically(tmp_path / "runs" / "05_next" / "file", lambda file: file.write(b"new"))
+    assert (tmp_path / "runs" / "05_next" / "file").read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("text", ["", "-1", "2000.5", "nan", "inf", "many", "9" * 400])
@@ -469,9 +471,9 @@ def test_a_run_that_is_stopped_between_previews_keeps_them(fit, monkeypatch):
         calls.append(0.1 * len(calls))
         return torch.full((2, 1, 4, 4), calls[-1]), {"training": calls[-1]}
 
-    plot = tools.plot_previews
+    plot = tools.plot_grid
     monkeypatch.setattr(tools, "PREVIEW_AT", (0.1, 0.5, 0.9, 1))
-    monkeypatch.setattr(tools, "plot_previews", lambda *given: rows.append(len(given[1])) or plot(*given))
+    monkeypatch.setattr(tools, "plot_grid", lambda *given: rows.append(len(given[3])) or plot(*given))
     ended, _, checkpoint = fit(
         lambda step: step == 46 and os.kill(os.getpid(), signal.SIGINT), preview=counted, steps=50
     )
@@ -494,6 +496,24 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(fit, monkeypatch, e
     assert ended is None and checkpoint["step"] == 12
     assert f"progress.png: not written ({error})" in said.out
     assert not list(fit.path.parent.glob("*.p[!t]*"))  # neither a picture nor a part of one
+
+
+def test_curves_that_cannot_be_drawn_do_not_end_the_run(fit, monkeypatch):
+    monkeypatch.setattr(tools, "plot_losses", lambda *given: 1 / 0)
+    ended, said, checkpoint = fit()
+    assert ended is None and checkpoint["step"] == 12
+    assert "loss.png: not written (division by zero)" in said.out
+
+
+def test_held_out_images_may_be_missing_from_some_previews():
+    """A resumed run may not find the test images any more."""
+    measured = {"training images": 0.5, "held-out images": 0.75}, {"training images": 0.25}
+    for given in (measured, measured[::-1]):
+        previews = [(step, torch.zeros(1, 1, 2, 2), losses) for step, losses in zip((5, 9), given, strict=True)]
+        axes = tools.plot_losses("the loss", np.ones(10), previews).axes[0]
+        curves = {line.get_label(): line.get_ydata() for line in axes.lines}
+        drawn = [losses.get("held-out images", np.nan) for losses in given]
+        np.testing.assert_array_equal(curves["averaged weights, held-out images"], drawn)
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(10, False), (50, True)])

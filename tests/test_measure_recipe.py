@@ -231,7 +231,7 @@ def test_a_new_result_does_not_make_the_commit_dirty(tmp_path):
 
 def test_a_row_is_a_line_and_is_not_measured_twice(tiny, monkeypatch, tmp_path, capsys):
     images = np.random.default_rng(0).integers(0, 256, (40, 28, 28), np.uint8)
-    little = data.Dataset(lambda: images, np.arange(40) // 4, CLASSES, "Fashion-MNIST")
+    little = data.Dataset(images, np.arange(40) // 4, CLASSES, "Fashion-MNIST")
     qualities = {name: Quality(2.0, 0.9) for name in ("residual", "plain")}
     monkeypatch.setattr(tools, "load_data", lambda name, split, folder: little)
     monkeypatch.setattr(measure_recipe, "Panel", lambda *_: type("P", (), {"measure": lambda *_: qualities}))

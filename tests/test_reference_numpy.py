@@ -1,5 +1,6 @@
 """The U-Nets of lessons 3 and 4, their denoiser and their samplers against reference_numpy; their gradients."""
 
+import functools
 import subprocess
 import sys
 from functools import partial
@@ -106,8 +107,6 @@ def test_where_sampling_starts_and_stops(lesson3, compare):
     for steps in (1, 2, lesson3.STEPS):
         expected = reference.noise_levels(steps, lesson3.SIGMA_MIN, lesson3.SIGMA_MAX)
         compare("noise levels", lesson3.noise_levels(steps), expected, 1e-10)
-    for arguments in ((0, 0, 0, (2, 3, 4)), (3, 9, 12345, (2, 3, 4))):
-        np.testing.assert_array_equal(lesson3.starting_noise(*arguments), reference.starting_noise(*arguments))
 
 
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
@@ -132,7 +131,9 @@ def test_eight_guided_steps_end_at_the_same_image(lesson3, lesson4, redraw, comp
     sigmas = reference.noise_levels(8, lesson3.SIGMA_MIN, lesson3.SIGMA_MAX)
     for name in ("sample_ddim", "sample_dpm", "sample_heun"):  # all states: one more than steps
         sample, reference_sample = getattr(lesson3, name), getattr(reference, name)
-        states = sample(lesson4.guide(denoiser, label, guidance), noise, lesson3.noise_levels(8))
+        states = sample(
+            functools.partial(lesson4.guide(denoiser, guidance), label=label), noise, lesson3.noise_levels(8)
+        )
         expected = np.stack(reference_sample(denoise_guided, noise.numpy(), sigmas))
         compare(f"eight guided steps, {name}", torch.stack([x for _, x, _ in states]), expected, 1e-8)
 
