@@ -32,8 +32,8 @@ import lesson_tools as tools
 # times its frequency (in radians, so a full turn takes 2π / frequency). Each hand is slower than the one before it by a
 # constant factor: the frequencies are powers of one number, with evenly spaced exponents.
 #
-# (Not every network needs a clock. The one in 03 has one, but does as well with a single number, ln(sigma), although it
-# must amplify nearly as much: the logarithm of the noise's standard deviation spaces the noise levels well
+# (Not every network needs a clock. The one in 03 must amplify nearly as much. It has a clock, but does as well with a
+# single number, ln(sigma), because the logarithm of the noise's standard deviation spaces the noise levels well
 # (docs/open_questions.md).)
 @tools.section
 def show_clock():
@@ -51,7 +51,7 @@ def show_clock():
 
 # %% 2. Step by step
 # The angle grows without end, but after a full turn the hand is back where it was. Its sine and cosine together say
-# where it points. Neither does so alone: each takes every value twice in a turn.
+# where it points. Neither is enough alone: each takes nearly every value twice in a turn.
 def timestep_embedding(timesteps, dim, max_period=10_000):
     """Sines and cosines of each time, at `dim // 2` frequencies from 1 down to `1 / max_period`.
 

@@ -103,7 +103,7 @@ def show_tokens():
 # %% 3. Why softmax
 # Why not use the scores themselves as weights? They can have any sign and size. Softmax's weights are positive and sum
 # to one, so no average leaves the range of its channel's values. (Adding averages can still make tokens grow. But a
-# layer starts with a norm (section 7), so what it adds doesn't grow with x: they grow, but not exponentially.)
+# layer starts with a norm (section 7), so what it adds doesn't grow with x: tokens grow, but not exponentially.)
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -200,8 +200,8 @@ def show_shuffled_pixels():
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, the
 # sum has variance d: the larger d is, the farther apart the scores, until softmax gives nearly all the weight to one
 # winner. A row that is nearly one-hot (all weight on one token) gets almost no gradient, so training can hardly undo a
-# choice made by chance; the other rows get far larger gradients than with the division. With it, no row is one-hot, and
-# weights and gradients are about the same for every d.
+# random choice; the other rows get far larger gradients than with the division. With it, no row is one-hot, and weights
+# and gradients are about the same for every d.
 @tools.section
 def show_division():
     torch.manual_seed(0)
@@ -549,7 +549,7 @@ def show_cost():
     seconds, kept = ({name: [] for name in layers} for _ in range(2))
     print("   one image, 64 channels, 8 heads: milliseconds forward and backward; megabytes kept for the backward pass")
     for side in SIDES:
-        n = max(1, 512 // side**2)  # several, if they are small: one is too quick to measure
+        n = max(1, 512 // side**2)  # several small images: one is too quick to measure
         x = torch.randn(n, 64, side, side, device=device, requires_grad=True)
         for name, value in zip(layers, measure_seconds(layers.values(), x), strict=True):
             seconds[name].append(1000 * value / n)
@@ -695,10 +695,10 @@ def show_elsewhere():
 
 # %% 16. Attention can be a convolution
 # A 3×3 convolution is nine heads, each attending to one of the nine pixels under the kernel (Cordonnier et al. 2020).
-# The scores depend on positions only. If a head wants pixel j, pixel p's score is -|p-j|² times a number so large that
-# j itself gets all the weight. (This too is a dot product, of position features: -|p-j|² = 2 p·j - |p|² - |j|².) Beyond
-# the border there is no pixel to want. Softmax would give the weight to the nearest one, but a convolution reads a zero
-# there. So we add a token of zeros, at a squared distance of 0.5: farther than the wanted pixel, closer than any other.
+# The scores depend on positions only. If a head wants pixel j, the score of pixel p is -|p-j|² times a number so large
+# that j itself gets all the weight. (This too is a dot product, of position features: -|p-j|² = 2 p·j - |p|² - |j|².)
+# Beyond the border, softmax would give the weight to the nearest pixel, but a convolution reads a zero there. So we add
+# a token of zeros, at a squared distance of 0.5: farther than the wanted pixel, closer than any other.
 #
 # In every head, a pixel's value is *all* its channels. In section 10's layer, each of nine heads has only c / 9 values:
 # it could apply only a matrix of rank c / 9 or less, and not every convolution can be built from such matrices.

@@ -162,7 +162,7 @@ class Saved:
         return saved
 
 
-# The lecture has a way without inheritance too: a function wraps the module's `forward`. It is shorter, and it works on
+# The lecture also shows a way without inheritance: a function wraps the module's `forward`. It's shorter, and works on
 # any existing module. But a deep copy of the module still calls the original's forward, with the original's weights,
 # and we do copy our network, to average its weights (section 14). So we stick with the mix-in.
 def saved(module):
@@ -213,7 +213,7 @@ def show_saved():
 # trains this network, with the lecture's 32 to 256 channels.
 #
 # Up: the same in reverse. Each block gets the current activation, concatenated with one saved at the same size on the
-# way down: a skip connection. Going up, each level has one more block, to take the convolution saved before the level.
+# way down: a skip connection. Going up, each level has one more block, for the convolution saved before that level.
 class UNet(nn.Module):
     """Down path, middle, up path; every activation saved on the way down is concatenated back on the way up.
 
@@ -351,7 +351,7 @@ def show_skips():
 
 
 # %% 6. Noise: x = x0 + sigma · noise
-# From now on, we add noise at every level. sigma is its standard deviation, on pixels from -1 to 1. At 0.02 you can
+# From now on, noise comes in all strengths. sigma is its standard deviation, on pixels from -1 to 1. At 0.02 you can
 # hardly see the noise; at 80 you can see nothing else (Karras et al. 2022, "Elucidating the Design Space of
 # Diffusion-Based Generative Models", EDM; the lecture's notebook 26). At low noise x is almost the answer; at high
 # noise it reveals almost nothing. In between, if noise hides an edge, the best single answer is the mean of all
@@ -538,8 +538,8 @@ def denoising_loss(denoiser, x0, sigma, noise, label=None):
 
 
 # A new network outputs zero, so its loss is the mean square of its target: 1 at low noise, and 1 + (mean / sigma_data)²
-# at high noise, where the mean is over all pixels. So at first no noise level outweighs the others by much; later, the
-# loss is several times as high at both ends as in the middle (section 14).
+# at high noise (the mean of all pixels). So at first no noise level outweighs the others by much; later, the loss is
+# several times as high at both ends as in the middle (section 14).
 LEVELS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)  # 994 of 1,000 training levels (section 14) are in this range
 
 
@@ -1037,16 +1037,17 @@ def new_run(options, path, make_network):
     sigma_data = round(images.float().std().item() / 127.5, 4)  # on another machine the last digits might differ
     if not sigma_data:
         raise tools.UserError(f"{train.name}: all images are the same grey; there is nothing to learn")
-    about_data = train.name, n, classes, train.images.shape[1:], sigma_data, tuple(counts)
-    settings = RunSettings(type(network).__name__, preset_name, steps, batch_size, options.seed, *about_data)
+    known = {"network": type(network).__name__, "preset": preset_name, "steps": steps, "batch_size": batch_size}
+    known |= {"seed": options.seed, "data": train.name, "images": n, "classes": classes, "counts": tuple(counts)}
+    settings = RunSettings(**known, size=train.images.shape[1:], sigma_data=sigma_data)
     checkpoint = None if options.restart else tools.load_checkpoint(path, RunSettings, **settings._asdict())
     return network, settings, checkpoint or {"settings": settings, "step": 0}, (images, torch.from_numpy(train.labels))
 
 
 @torch.no_grad()
 def preview(ema, denoise, settings, held):
-    """What the averaged network has learned so far: samples, one per class (at least 10, at most 20), and the mean loss
-    on the batches in `held`, by name. The noise is always the same. See `run_resumable`."""
+    """What the averaged network has learned so far: samples drawn with `denoise`, one per class (at least 10, at most
+    20), and the mean loss on the batches in `held`, by name. The noise is always the same. See `run_resumable`."""
     n = min(20, len(settings.classes))
     noise_ids = [(settings.seed, i % n, i // n) for i in range(max(10, n))]
     samples, _ = sample_images(denoise, noise_ids, settings, STEPS, ema.device)
@@ -1088,14 +1089,14 @@ def fit(options, path, make_network, guided, change_batches):
     print(f"device    {tools.PROCESSES} × {device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
     print(f"watch     {path.with_name('progress.png')} and loss.png")
     state = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}
-    show = functools.partial(preview, ema, guided(ema, settings), settings, held)
+    show = functools.partial(preview, ema, guided(ema, settings) if guided else ema, settings, held)
     tools.run_resumable(loop, show, state, path, checkpoint)
 
 
-def train_or_load(options, path, make_network, guided=lambda denoiser, settings: denoiser, change_batches=None):
+def train_or_load(options, path, make_network, guided=None, change_batches=None):
     """The averaged denoiser that the options ask for, and its settings: from the checkpoint at `path`, or trained now.
 
-    make_network(preset, n_classes): a new network. guided(denoiser, settings): what previews are sampled with.
+    make_network(preset, n_classes): a new network. guided(denoiser, settings): the denoiser to draw previews with.
     change_batches(batches, n_classes): modifies the batches of `draw_batches`. Raises UserError or DataError if
     something is missing or doesn't fit; SystemExit after Ctrl-C.
     """

@@ -205,15 +205,15 @@ def show_guidance():
     n, per_class, rows, spread = len(settings.classes), 4, [], []
     label = torch.arange(n, device=denoiser.device).repeat(per_class)
     noise_ids = [(0, i, k) for k in range(per_class) for i in range(n)]
-    quiet = f"for σ ≤ {GUIDED_BELOW}"
-    kinds = {"guidance 0": (0, 0), f"1, {quiet}": (1, GUIDED_BELOW), f"3, {quiet}": (3, GUIDED_BELOW)}
+    limit = f"for σ ≤ {GUIDED_BELOW}"
+    kinds = {"guidance 0": (0, 0), f"1, {limit}": (1, GUIDED_BELOW), f"3, {limit}": (3, GUIDED_BELOW)}
     kinds["3, always"] = 3, math.inf
     for name, (w, below) in kinds.items():
         images = generate(guide(denoiser, w, below), label, noise_ids)
         rows.append(images[:n])
         spread.append(lesson3.pixel_std(images.unflatten(0, (per_class, n))))
         print(f"   {name:14}: spread within a class {spread[-1]:.2f}; mean pixel {images.mean():.2f}")
-    values = f"{spread[0]:.2f} without guidance, {spread[2]:.2f} with w = 3 {quiet}, {spread[3]:.2f} with w = 3 always"
+    values = f"{spread[0]:.2f} without guidance, {spread[2]:.2f} with w = 3 {limit}, {spread[3]:.2f} with w = 3 always"
     subtitle = f"spread within a class: {values}; {settings.data}"
     title = f"Guidance from the start makes garments brighter and more alike\n{subtitle}"
     return tools.plot_grid(title, torch.cat(rows), n, list(kinds))

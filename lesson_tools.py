@@ -64,6 +64,7 @@ def section(show):
 def run_sections(script, out):
     """Run a script's show_ functions, each under its section's title, and save their pictures in the folder `out`.
     script: its `globals()`."""
+    out.mkdir(parents=True, exist_ok=True)
     lines = Path(script["__file__"]).read_text(encoding="utf-8").splitlines()
     for name, show in list(script.items()):
         if name.startswith("show_"):
@@ -117,7 +118,7 @@ def plot_lines(axes, x, lines, **labels):
         axes.set_xticks(x, [f"{value:g}" for value in x])
         axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
-        if axis.get_scale() == "log":  # matplotlib would write 10^{-1} in math, which is off
+        if axis.get_scale() == "log":  # the default labels, 10^{-1}, need math text, which is off
             axis.set(major_formatter="{x:g}", minor_formatter="")
 
 
@@ -182,7 +183,7 @@ def plot_losses(title, losses, previews):
     axes.plot(losses, color="0.8", linewidth=0.7)
     axes.plot(range(window - 1, len(losses)), smooth, color="black", label="batches (running mean)")
     steps, _, measured = zip(*previews, strict=True)
-    for name, line in zip({**measured[0], **measured[-1]}, ("--", "-"), strict=False):
+    for name, line in zip(measured[0] | measured[-1], ("--", "-"), strict=False):
         values = [each.get(name, math.nan) for each in measured]
         axes.plot(steps, values, line, color="tab:orange", marker="o", markersize=4, label=f"averaged weights, {name}")
     top = max(2.5 * np.median(losses), 1.5 * max(measured[-1].values()))
@@ -194,8 +195,8 @@ def plot_losses(title, losses, previews):
 
 # %% Files
 def write_atomically(path, save):
-    """Let save(buffer) produce a file's content, then write it, all or nothing: the old file stays until the new one is
-    complete. Raises OSError, with path and reason, if it can't be written."""
+    """Let save(buffer) produce a file's content, then write it, all or nothing, in a folder created if necessary: the
+    old file stays until the new one is complete. Raises OSError, with path and reason, if it can't be written."""
     buffer, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
     save(buffer)
     try:
@@ -205,7 +206,8 @@ def write_atomically(path, save):
     except OSError as error:
         raise OSError(f"{path}: can't be written ({error.strerror})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def save_picture(path, plot, *arguments, quiet=False):
@@ -226,7 +228,7 @@ def writable_folder(text):
     try:
         if not text:
             raise OSError("its name is empty")
-        there = next(each for each in (folder, *folder.parents) if each.exists())
+        there = next((each for each in (folder, *folder.parents) if each.exists() or each.is_symlink()), folder)
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise argparse.ArgumentTypeError(f"must be a writable folder ({error})") from error
@@ -352,7 +354,7 @@ def load_checkpoint(path, kind, **asked):
         content = torch.load(file, map_location="cpu", weights_only=True)
         content |= {"settings": kind(**content["settings"]), "step": content["step"]}
     except Exception as error:  # of any kind: arbitrary bytes can fail anywhere
-        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart trains anew") from error
+        raise UserError(f"{path}: damaged, or not a checkpoint of this lesson; --restart starts over") from error
     check_same(path, content["settings"], **asked)
     return content
 
@@ -371,7 +373,7 @@ def restore(path, checkpoint, state):
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
     except (LookupError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: from another version of this lesson; --restart trains anew") from error
+        raise UserError(f"{path}: from another version of this lesson; --restart starts over") from error
 
 
 # %% A resumable run

@@ -63,7 +63,7 @@ def load(name="auto", split="train", data_dir=None, download=True):
 
 
 def printable(text):
-    """The text, with a question mark for each byte of a file name that isn't UTF-8."""
+    """The text, with a question mark for each byte that isn't UTF-8."""
     return text.encode(errors="replace").decode()
 
 

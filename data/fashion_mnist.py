@@ -27,7 +27,7 @@ HOSTS = (
 MOST_BYTES = 2**31  # of pixels in a file: a header that promises more is damaged
 MOST_FETCHED = 2**25  # bytes per download
 SLOWEST = 10_000  # bytes/s
-PATIENCE = 20  # seconds without a byte, and over which the speed is averaged
+PATIENCE = 20  # seconds: the longest silence, and the time over which the speed is averaged
 # each split's files (images, labels); each file's SHA-256: gzipped, as distributed, then unpacked
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -138,7 +138,7 @@ def read(folder, name, dimensions):
     if len(content) != expected or expected == 0:
         size = " × ".join(map(str, shape))
         raise DataError(
-            f"{path}: damaged: it doesn't hold the {size} bytes that its header promises. Download it again, or pass "
+            f"{path}: damaged: its size doesn't match its header ({size} bytes of data). Download it again, or pass "
             "--data garments"
         )
     # a copy, so that the array can be written to and does not keep the file's bytes alive
@@ -166,8 +166,8 @@ def download(name, folder):
 def fetch(url):
     """The bytes at url. Raises OSError or HTTPException if they are unavailable, too many, or too slow."""
     received, before, checked = bytearray(), 0, time.monotonic()
-    look = {"desc": url.rpartition("/")[2], "unit": "B", "unit_scale": True, "leave": False}
-    with urllib.request.urlopen(url, timeout=PATIENCE) as response, tqdm(total=response.length, **look) as bar:
+    options = {"desc": url.rpartition("/")[2], "unit": "B", "unit_scale": True, "leave": False}
+    with urllib.request.urlopen(url, timeout=PATIENCE) as response, tqdm(total=response.length, **options) as bar:
         while chunk := response.read1(1 << 16):  # whatever has arrived, without waiting for more
             received += chunk
             bar.update(len(chunk))

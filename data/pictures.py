@@ -29,9 +29,9 @@ def look(folder):
 def find(folder):
     """The training images and the test images, each as `{class: [paths]}`.
 
-    If there are folders named in TRAIN and in TEST, and no others, the first of each are the splits. Otherwise every
-    tenth image of a class is held out for testing. If no class has ten, the largest class gives up its last one; if
-    none has even two, both splits contain everything.
+    If there are folders with names from TRAIN and from TEST, and no others, the first of each are the splits. Otherwise
+    every tenth image of a class is held out for testing. If no class has ten, the largest class gives up its last one;
+    if none has even two, both splits contain everything.
     """
     folders = {path.name.lower(): path for path in look(folder)[0]}
     train, test = ([folders[name] for name in names if name in folders] for names in (TRAIN, TEST))
@@ -65,15 +65,14 @@ def find_classes(folder, name):
 
 
 def load(split, folder):
-    """Images (uint8 `(n, 28, 28)`), labels (int64 `(n,)`) and class names. The images are converted to greyscale and
-    fitted to 28 × 28 on black; what was skipped or lost is printed. Raises DataError."""
+    """Images (uint8 `(n, 28, 28)`), labels (int64 `(n,)`) and class names. Converts the images to greyscale, fits them
+    to 28 × 28 on black, and prints what it skipped or lost. Raises DataError."""
     splits = train, test = find(folder)
     classes, chosen = tuple(train), train if split == "train" else test
     if unknown := [name for name in test if name not in train]:
         which = "without a class folder" if unknown == [folder.name] else f"of class {unknown[0]}"
         advice = "to use the training images alone, pass their folder"
         raise DataError(f"{folder}: test images {which}, but no such training images; {advice}")
-
     paths = sorted({path for each in splits for paths in each.values() for path in paths})
     found = read_all(folder, tuple((path, path.exists() and path.stat().st_mtime_ns) for path in paths))
     images = np.stack([found[path] for paths in chosen.values() for path in paths])

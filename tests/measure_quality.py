@@ -78,11 +78,11 @@ class Quality(NamedTuple):
     accuracy: float | None  # the share assigned to the class asked for, if there was one
 
 
-def print_table(head, rows):
+def print_table(rows):
     """Print both classifiers' figures, each line once measured. rows: (beginning, {classifier: Quality}) pairs."""
-    print(f"\n{head}" + "".join(f"{f'{name}: Fréchet':>20}{'accuracy':>10}" for name in ARCHITECTURES))
+    print(f"\n{'':26}" + "".join(f"{f'{name}: Fréchet':>20}{'accuracy':>10}" for name in ARCHITECTURES))
     for beginning, qualities in rows:
-        print(f"{beginning:{len(head)}}", end="")
+        print(f"{beginning:26}", end="")
         for distance, accuracy in qualities.values():
             print(f"{distance:20.3f}{'-' if accuracy is None else f'{accuracy:.1%}':>10}", end="")
         print(flush=True)
@@ -146,12 +146,12 @@ def measure_copies(images, baselines, train, test, device):
 
 # %% The measurement of a checkpoint
 def measure(options, denoiser, settings, train, test, panel):
-    """All figures of one checkpoint. The noise isn't the one that guidance was chosen with (seed 0)."""
+    """All figures of one checkpoint. The noise is new: guidance was chosen with seed 0."""
     images, labels = draw_samples(denoiser, settings, options.n, options.steps, options.guidance, seed=1)
     baselines = Baselines(train, options.n)
     rows = {"samples": (images, labels), "training images": (baselines.images, baselines.labels)}
     rows["white noise"] = baselines.noise, baselines.labels
-    print_table(" " * 26, ((name, panel.measure(*row)) for name, row in rows.items()))
+    print_table(((name, panel.measure(*row)) for name, row in rows.items()))
     measure_copies(images, baselines, train, test, denoiser.device)
 
 

@@ -557,6 +557,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--rest"], "unrecognized"),
         (["--out", __file__], "must be a writable folder"),
         (["--out", ""], "must be a writable folder (its name is empty)"),
+        (["--out", "/proc/self/fd/nothing/x"], "must be a writable folder"),
         (["--out", "~nobody-here/x"], "~nobody-here/x: Could not determine home directory"),
         (["--data-dir", "~nobody-here/x"], "~nobody-here/x: Could not determine home directory"),
         (

@@ -129,15 +129,15 @@ def test_the_message_about_wrong_file_names_gives_the_right_ones(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (lambda content: content[:-1], "promises"),
-        (lambda content: content + b"x", "promises"),
+        (lambda content: content[:-1], "match its header"),
+        (lambda content: content + b"x", "match its header"),
         (lambda content: content[:6], "not an IDX file"),
         (lambda content: b"", "nothing"),
         (lambda content: b"<html>404</html>", "not an IDX file"),
         (lambda content: idx(np.zeros(20, np.uint8)), "not an IDX file of uint8 images"),
-        (lambda content: idx(np.zeros((0, 12, 8), np.uint8)), "promises"),
+        (lambda content: idx(np.zeros((0, 12, 8), np.uint8)), "match its header"),
         (lambda content: idx(np.zeros((19, 12, 8), np.uint8)), "19 train images but 20 labels"),
-        (lambda content: bytes((0, 0, 8, 3)) + b"\xff" * 12 + content[16:], "promises"),
+        (lambda content: bytes((0, 0, 8, 3)) + b"\xff" * 12 + content[16:], "match its header"),
         (lambda content: bytes((0, 0, 13, 3)) + content[4:], "not an IDX file"),
         (lambda content: gzip.compress(content)[:-4], "cannot be read"),
         (lambda content: gzip.compress(content)[:10] + b"\xff" * 40, "cannot be read"),
@@ -171,7 +171,7 @@ def test_a_gzip_bomb_is_not_unpacked(digits):
         file.write(idx(np.zeros((20, 12, 8), np.uint8)))
         file.write(bytes(1 << 26))
     tracemalloc.start()
-    with pytest.raises(data.DataError, match="damaged: it doesn't hold the 20 × 12 × 8 bytes that its header promises"):
+    with pytest.raises(data.DataError, match=r"damaged: .* match its header \(20 × 12 × 8 bytes of data\)"):
         data.load("fashion-mnist", "train", digits)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -428,7 +428,7 @@ def test_all_broken_pictures_are_named_at_once(tmp_path):
         with pytest.raises(
             data.DataError, match=r"09.JPG: can't be read .*; .*18.png: can't .*; and 11 more$"
         ) as caught:
-            data.load("auto", split, folder).images  # noqa: B018
+            data.load("auto", split, folder)
         assert str(caught.value).count("can't be read") == 10
 
 
@@ -439,14 +439,14 @@ def test_values_that_are_no_grey_levels_are_refused(tmp_path, values):
     Image.fromarray(np.array([values], kind)).save(tmp_path / "a" / "x.tif")
     message = "its values are not whole numbers from 0 to 65,535; save it with 8 or 16 bits"
     with pytest.raises(data.DataError, match=message):
-        data.load("auto", "train", tmp_path).images  # noqa: B018
+        data.load("auto", "train", tmp_path)
 
 
 def test_a_link_to_nothing_is_named_like_a_broken_picture(tmp_path):
     build(tmp_path, "2 a/x.png")
     (tmp_path / "a" / "y.png").symlink_to(tmp_path / "gone.png")
     with pytest.raises(data.DataError, match=r"y.png: can't be read as an image \(.*No such file"):
-        data.load("auto", "train", tmp_path).images  # noqa: B018
+        data.load("auto", "train", tmp_path)
 
 
 def test_names_in_another_encoding_can_be_printed(tmp_path):
@@ -478,7 +478,7 @@ def test_large_photos_are_read_at_a_fraction_of_their_size(tmp_path, monkeypatch
     for image, offset in ((train[0], 0), (test[0], 100 / 24)):
         assert np.abs(image[14, 1:-1] - 52.7 - offset - expected[1:-1]).max() < 3
     os.utime(tmp_path / "a" / "1.jpg", (1, 1))
-    data.load("auto", "test", tmp_path).images  # noqa: B018
+    data.load("auto", "test", tmp_path)
     assert len(sizes) == 4
 
 
@@ -548,7 +548,7 @@ def test_a_broken_picture_is_named(tmp_path, content):
     whole = (tmp_path / "class 1" / "00.png").read_bytes()
     (tmp_path / "class 1" / "broken.png").write_bytes(whole[:-30] if content == "cut" else content)
     with pytest.raises(data.DataError, match=r"class 1/broken.png: can't be read"):
-        data.load("auto", "train", tmp_path).images  # noqa: B018
+        data.load("auto", "train", tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Tag data larger than file")

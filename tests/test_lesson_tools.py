@@ -62,6 +62,8 @@ def test_a_file_is_replaced_only_by_a_whole_one(tmp_path, monkeypatch):
         patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         tools.write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match=r"file/inside: can't be written \((File exists|Not a directory)\)"):
+        tools.write_atomically(path / "inside", lambda file: file.write(b"new"))
 
 
 def test_pictures_go_to_the_project_wherever_a_script_is_run(tmp_path, monkeypatch):

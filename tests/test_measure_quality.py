@@ -186,11 +186,13 @@ def command(sets, little_classifiers, monkeypatch, capsys):
     return command
 
 
-def test_a_checkpoint_is_measured(tiny, command):
+def test_a_checkpoint_is_measured(tiny, command, lesson4):
     text = command(tiny("CondUNet"), "--n", 20, "--steps", 2, "--guidance", 0.7)
     assert "20 in 2 steps, guidance 0.7\n" in text
     for name in ("samples", "training images", "white noise"):
         assert text.count(f"\n{name} ") == 2 + (name == "samples")  # both tables; the first line too
+    text = command(tiny("CondUNet", steps=200_000), "--n", 20, "--steps", 2)
+    assert f"20 in 2 steps, guidance {lesson4.GUIDANCE_LONG:g}\n" in text
     text = command(tiny("TimeUNet"), "--n", 20, "--steps", 2)
     _, row, _ = (line.split() for line in text.splitlines() if line.startswith("samples"))
     assert row[2::2] == ["-", "-"]

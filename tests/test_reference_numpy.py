@@ -1,6 +1,5 @@
 """The U-Nets of lessons 3 and 4, their denoiser and their samplers against reference_numpy; their gradients."""
 
-import functools
 import subprocess
 import sys
 from functools import partial
@@ -131,9 +130,7 @@ def test_eight_guided_steps_end_at_the_same_image(lesson3, lesson4, redraw, comp
     sigmas = reference.noise_levels(8, lesson3.SIGMA_MIN, lesson3.SIGMA_MAX)
     for name in ("sample_ddim", "sample_dpm", "sample_heun"):  # all states: one more than steps
         sample, reference_sample = getattr(lesson3, name), getattr(reference, name)
-        states = sample(
-            functools.partial(lesson4.guide(denoiser, guidance), label=label), noise, lesson3.noise_levels(8)
-        )
+        states = sample(partial(lesson4.guide(denoiser, guidance), label=label), noise, lesson3.noise_levels(8))
         expected = np.stack(reference_sample(denoise_guided, noise.numpy(), sigmas))
         compare(f"eight guided steps, {name}", torch.stack([x for _, x, _ in states]), expected, 1e-8)
 
