@@ -1089,8 +1089,8 @@ def fit(options, path, make_network, guided, change_batches):
     print(f"device    {tools.PROCESSES} × {device.type}, {'bfloat16' if denoiser.precision else 'float32'}")
     print(f"watch     {path.with_name('progress.png')} and loss.png")
     state = {"denoiser": denoiser, "ema": ema, "muon": muon, "adamw": adamw}
-    show = functools.partial(preview, ema, guided(ema, settings) if guided else ema, settings, held)
-    tools.run_resumable(loop, show, state, path, checkpoint)
+    denoise = guided(ema, settings) if guided else ema
+    tools.run_resumable(loop, functools.partial(preview, ema, denoise, settings, held), state, path, checkpoint)
 
 
 def train_or_load(options, path, make_network, guided=None, change_batches=None):

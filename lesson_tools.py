@@ -197,17 +197,12 @@ def plot_losses(title, losses, previews):
 def write_atomically(path, save):
     """Let save(buffer) produce a file's content, then write it, all or nothing, in a folder created if necessary: the
     old file stays until the new one is complete. Raises OSError, with path and reason, if it can't be written."""
-    buffer, part = io.BytesIO(), path.with_name(f"{path.name}.{os.getpid()}.part")
+    buffer = io.BytesIO()
     save(buffer)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(buffer.getvalue())
-        part.replace(path)
+        data.fashion_mnist.keep(buffer.getvalue(), path)
     except OSError as error:
         raise OSError(f"{path}: can't be written ({error.strerror})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def save_picture(path, plot, *arguments, quiet=False):

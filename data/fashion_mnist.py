@@ -181,8 +181,9 @@ def fetch(url):
 
 
 def keep(content, path):
-    """Write a file, all or nothing."""
+    """Write a file, all or nothing, in a folder created if necessary."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         part.write_bytes(content)
         part.replace(path)

@@ -160,7 +160,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     add, number = parser.add_argument, tools.number
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint.pt of a run of 03 or 04")
-    add("--n", metavar="N", type=number(int, 20, 60_000), default=10_000, help="samples (default: 10,000)")
+    add("--n", metavar="N", type=number(int, 20, 60_000), default=10_000, help="samples (default: %(default)s)")
     add("--steps", metavar="S", type=number(int, 1, 10**6), default=lesson3.STEPS, help="steps (default: %(default)s)")
     add("--guidance", metavar="W", type=number(float, 0, 100), help="guidance strength (default: as in 04)")
     add("--data-dir", metavar="DIR", help="folder with Fashion-MNIST's four files (default: $FASHION_MNIST_DIR)")

@@ -512,6 +512,20 @@ def test_a_process_that_is_killed_and_resumed(lesson3, run, tmp_path):
     assert_same(read(parts), read(whole))
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(lesson3, lesson4, run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(lesson3, patch, 4)
+        run(lesson4, *TINY, "--out", tmp_path, status=130)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    denoising_loss, handler = lesson3.denoising_loss, signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(lesson3, "denoising_loss", lambda *batch: denoising_loss(*batch) * torch.inf)
+    _, errors = run(lesson4, *TINY, "--out", tmp_path, status=2)
+    assert "no longer finite by step 6: try" in errors.splitlines()[-1]
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
 @pytest.mark.parametrize(
     ("room", "named", "left"),
     [(20_000, "checkpoint.pt", FILES[:1]), (10**6, "samples.npy", ["checkpoint.pt", "loss.png", "progress.png"])],
