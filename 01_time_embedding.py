@@ -1,8 +1,8 @@
 """Lesson 1: a number becomes a vector.
 
-A diffusion network needs to know how noisy its input is. The bare step number is a poor input, because neighbouring
-steps are nearly the same number. A vector of sines and cosines, fast and slow, keeps neighbours apart and still tells
-early from late (Vaswani et al. 2017, section 3.5; lecture section "time embedding").
+A diffusion network does better if it knows how noisy its input is. The bare step number is a poor input, because
+neighbouring steps are nearly the same number. A vector of sines and cosines, fast and slow, keeps neighbours apart and
+still tells early from late (Vaswani et al. 2017, section 3.5; lecture section "time embedding").
 
     python 01_time_embedding.py [--out DIR]
 """
@@ -32,8 +32,8 @@ import lesson_tools as tools
 # times its frequency (in radians, so a full turn takes 2π / frequency). Each hand is slower than the one before it by a
 # constant factor: the frequencies are powers of one number, with evenly spaced exponents.
 #
-# (Not every network needs a clock. The one in 03 must amplify nearly as much. It has a clock, but does as well with a
-# single number, ln(sigma), because the logarithm of the noise's standard deviation spaces the noise levels well
+# (Not every network needs a clock. The one in 03 must scale up faint noise nearly as much. It has a clock, but does as
+# well with a single number, ln(sigma), perhaps because a logarithm spaces the noise levels well
 # (docs/open_questions.md).)
 @tools.section
 def show_clock():
@@ -105,7 +105,7 @@ def show_distances():
     for name, distance in lines.items():
         print(f"   {name}, from 370: " + ", ".join(f"{time} is {distance[time]:.3f}" for time in (371, 380, 500, 0)))
     ratio = lines["as 64 columns"][380] / lines["as one number"][380]
-    subtitle = f"380 is {ratio:.0f} times as far from 370 as on the number line; 500 is farther away than 0"
+    subtitle = f"370 to 380 is {ratio:.0f} times as far as on the number line; 500 is farther away than 0"
     title = f"The embedding separates nearby times and mixes up distant ones\n{subtitle}"
     return tools.plot_curves(title, t, lines, xlabel="t", ylabel="distance from t = 370\n(first to last: 1)")
 

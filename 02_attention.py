@@ -70,8 +70,8 @@ def attention(q, k, v):
 
 
 # Three tokens, each with four numbers that say how much ear, grass, brown and green it contains. Both ears offer "ear",
-# but only the left one has a colour. So the right ear's query asks for an ear with a colour, and it gets most of its
-# average from the left one. (We chose these projections by hand. A layer learns its own.)
+# but only the left one has a colour. So the right ear's query asks for an ear with a colour, and most of its average
+# comes from the left one. (We chose these projections by hand. A layer learns its own.)
 TOKENS, FEATURES = ("left ear", "right ear", "grass"), ("ear", "grass", "brown", "green")
 X = torch.tensor([[2.0, 0, 2, 0], [2, 0, 0, 0], [0, 2, 0, 2]])  # s d
 TO_Q = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 0], [0, 0, -1, 0], [0, 0, -1, 0]])  # third column: is a colour missing?
@@ -102,8 +102,8 @@ def show_tokens():
 
 # %% 3. Why softmax
 # Why not use the scores themselves as weights? They can have any sign and size. Softmax's weights are positive and sum
-# to one, so no average leaves the range of its channel's values. (Adding averages can still make tokens grow. But a
-# layer starts with a norm (section 7), so what it adds doesn't grow with x: tokens grow, but not exponentially.)
+# to one, so each average stays within the range of the values. (Layer after layer, tokens can still grow. But each
+# layer starts with a norm (section 7), so what it adds doesn't scale with x, and growth isn't exponential.)
 @tools.section
 def show_average():
     torch.manual_seed(0)
@@ -200,8 +200,8 @@ def show_shuffled_pixels():
 # A score is a sum of d products. If the entries of queries and keys are independent, with mean 0 and variance 1, the
 # sum has variance d: the larger d is, the farther apart the scores, until softmax gives nearly all the weight to one
 # winner. A row that is nearly one-hot (all weight on one token) gets almost no gradient, so training can hardly undo a
-# random choice; the other rows get far larger gradients than with the division. With it, no row is one-hot, and weights
-# and gradients are about the same for every d.
+# random choice; the other rows get far larger gradients. With the division, no row is one-hot, and weights and the
+# scores' gradients are about the same for every d.
 @tools.section
 def show_division():
     torch.manual_seed(0)
@@ -243,7 +243,7 @@ class SelfAttention(nn.Module):
 # Three projections of the same tokens are one projection with three times as many outputs; `chunk` cuts the result into
 # three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
-# The lecture looks at the standard deviation of its layer's output. In a new layer, scores are small, so weights are
+# Like the lecture, we print the output's standard deviation. In a new layer, scores are small, so weights are
 # nearly even. Our random pixels are independent, so their average varies much less than they do (what is left is mostly
 # biases). The branch therefore adds little, and the output nearly equals the input. (In a real image, channels have
 # nonzero means, which averaging keeps, so the branch adds more: nearly the same vector to every pixel.)
@@ -406,7 +406,7 @@ def show_block():
 #
 # One head fails only because the values are linear in the pixel. With a nonlinear layer in front, each ear could get
 # channels of its own: with 96 hidden channels, one of two runs learned that in 1,000 steps (error 0.002; the other,
-# 0.49). Two heads need less luck: seven of eight runs learned the task in 200 steps.
+# 0.49). With two heads, seven of eight runs learned the task in only 200.
 SIDE, PATTERN = 5, 6
 
 
@@ -453,7 +453,7 @@ def show_ears():
             print(f"      head {head} gives {left:.0%} of its weight to the left ear, {right:.0%} to the right one")
             panels[f"head {head} of {heads}"] = weights[0, head - 1]
     pictures = torch.stack(list(panels.values())).view(-1, 1, SIDE, SIDE)  # weights, from 0 to 1
-    title = "One head can't keep two ears apart; two heads can"
+    title = "One linear head can't keep two ears apart; two can"
     return tools.plot_grid(title, 2 * pictures - 1, 4, titles=list(panels))
 
 
@@ -494,7 +494,7 @@ def show_torch():
 # But every pixel still meets every pixel, so the kernel's time grows in the same way. That is why many U-Nets have
 # attention at low resolutions only, where a pixel also stands for a whole region.
 def fused_attention(q, k, v):
-    """`F.scaled_dot_product_attention`; on a CPU never in bfloat16, whose backward pass takes several times as long."""
+    """`F.scaled_dot_product_attention`, but never in bfloat16 on a CPU: its backward pass is several times as slow."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
@@ -603,9 +603,9 @@ def to_torch_encoder(blocks):
 class VisionTransformer(nn.Module):
     """Images `(n, channels_in, size, size)` to class logits `(n, n_classes)`.
 
-    A token is a patch of `patch × patch` pixels; a learned vector says where the patch was. Dosovitskiy et al. 2021
-    classify the output of an extra token; we classify the mean over all patches. Raises ValueError if patch doesn't
-    divide size, or heads doesn't divide channels.
+    A token is a patch of `patch × patch` pixels; its learned positional encoding says where it is. Dosovitskiy et al.
+    2021 classify the output of an extra token; we classify the mean over all patches. Raises ValueError if patch
+    doesn't divide size, or heads doesn't divide channels.
     """
 
     def __init__(self, size=28, patch=4, channels=64, depth=4, heads=4, n_classes=10, channels_in=1):
@@ -633,7 +633,7 @@ class VisionTransformer(nn.Module):
 
 
 # The model has 49 learned position vectors, one for each patch of a 28 × 28 image. A 32 × 32 image has 64 patches, so
-# the model can't take it: the error below says so.
+# the model fails, with the error below.
 #
 # A convolution knows from the start that neighbours belong together; a transformer has to learn it from data. So it is
 # pre-trained: with 300 million labelled images it beat the convolutional nets of its day (Dosovitskiy et al. 2021). It
@@ -673,8 +673,8 @@ def cross_attention(pixels, words, to_q, to_k, to_v):
 
 
 # A language model writes one word at a time, so no token may attend to later ones. A causal mask sets their scores to
-# minus infinity, and softmax turns that into weights of zero. Attention without a mask is blind to order, so
-# transformers need a positional encoding. The early ones add it to the tokens: the sines and cosines of 01, or learned
+# minus infinity, and softmax turns that into weights of zero. Without a mask, attention is blind to order, so most
+# transformers use a positional encoding. The early ones add it to the tokens: the sines and cosines of 01, or learned
 # vectors as in section 14. Many newer ones rotate queries and keys instead, by angles as in section 5 of 01.
 def causal_attention(q, k, v):
     """Each token attends to itself and to earlier ones: queries, keys and values `(..., s, d)` to `(..., s, d)`."""

@@ -206,11 +206,11 @@ def show_saved():
 
 
 # %% 4. The U-Net (Ronneberger et al. 2015)
-# Down: each level is a few residual blocks. A convolution of stride 2 then halves height and width, so 3×3 convolutions
-# see ever more of the garment. The next level has a quarter of the pixels but twice the channels, in and out, so each
-# pixel is four times the work: all levels cost about the same. (The strided convolution comes from DDPM's code. The
-# lecture warns against assuming that it is optimal: there are hardly any ablations.) `--no-time --preset lecture`
-# trains this network, with the lecture's 32 to 256 channels.
+# Down: each level is a few residual blocks. A convolution of stride 2 then halves height and width, so the receptive
+# field grows much faster. The next level has a quarter of the pixels but twice the channels, in and out, so each pixel
+# is four times the work: all levels cost about the same. (The strided convolution comes from DDPM's code. The lecture
+# warns against assuming that it is optimal: there are hardly any ablations.) `--no-time --preset lecture` trains this
+# network, with the lecture's 32 to 256 channels.
 #
 # Up: the same in reverse. Each block gets the current activation, concatenated with one saved at the same size on the
 # way down: a skip connection. Going up, each level has one more block, for the convolution saved before that level.
@@ -736,8 +736,8 @@ def show_coordinates():
 
 
 # %% 13. Not in the lecture: Muon, an optimiser for convolutions
-# A few directions dominate the gradient of a weight matrix, so the weights hardly change along the others. Muon (Jordan
-# et al. 2024) takes the momentum, a running mean of gradients, and makes the step about equally large in all
+# A few directions often dominate a weight matrix's gradient, so the matrix hardly changes along the others. Muon
+# (Jordan et al. 2024) takes the momentum, a running mean of gradients, and makes the step about equally large in all
 # directions: nearly all singular values become about 1. A convolution's weights form a matrix too: a row for each
 # output channel, a column for each input value under its kernel.
 #
@@ -849,14 +849,14 @@ def update_ema(ema, denoiser, step):
         slow.lerp_(fast, min(1.0, 1 / (EMA_SHARE * (step + 1))))
 
 
-# Some noise levels are worth more training than others. At low noise the network's output is multiplied by c_out, which
-# there is about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly
-# in between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
+# Some noise levels are worth more training than others. At low noise c_out, which multiplies the network's output, is
+# about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly in
+# between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
 # docs/measurements.md.) Sampling starts at 80, which training hardly ever sees: one level in 2,000 is above 10. But
 # there is little to learn up there: c_in · x is almost pure noise, and the best answer is about the mean garment.
 #
 # An epoch is one pass over all images in random order. A step's randomness depends only on seed and step (for a given
-# kind of device), so an interrupted run, or one split across processes, sees the same batches and noise as any other.
+# kind of device), so interrupting a run or splitting it across processes doesn't change its batches or noise.
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
     """The order in which an epoch goes through n images: `(n,)`."""
@@ -884,7 +884,7 @@ def draw_batches(images, labels, batch_size, seed, steps):
 
 
 # We train three small networks, a minute in all, on the same batches with the same noise. For each we tried three or
-# four learning rates and kept the best, so tuning doesn't explain the difference. (AdamW at 0.003, 0.006, 0.012 and
+# four learning rates and kept the best, so the rate doesn't explain the difference. (AdamW at 0.003, 0.006, 0.012 and
 # 0.024 reaches a mean test loss of 0.433, 0.410, 0.404 and 0.426.) In this run, after 600 steps, time has lowered the
 # loss by a tenth, and Muon by another seventh.
 def train_small(network_class, images, make_optimizers, max_lr, steps=600):
@@ -927,7 +927,7 @@ def show_training():
 
 
 # %% The run
-PREVIEW_IMAGES = 200  # at least this many training images, and as many held-out ones, for the losses in loss.png
+PREVIEW_IMAGES = 200  # at least this many draws, of training images and of held-out ones, for loss.png
 
 
 class Preset(NamedTuple):

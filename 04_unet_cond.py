@@ -33,7 +33,7 @@ PRETRAINED = tools.RUNS.parent / "data" / "pretrained" / "cond.pt"
 # follows each residual block on the chosen levels, down and up, and one in the middle (notebook 28 has none there). The
 # skips are saved after the attention. Does attention help? The lecturer hasn't seen it improve the FID in his own runs.
 class AttentionResBlock(lesson3.TimeResBlock):
-    """A residual block with room for attention after it. (A block doesn't know its level, so the U-Net adds it.)"""
+    """A residual block, then optional attention. (A block doesn't know its level, so the U-Net adds the attention.)"""
 
     def __init__(self, in_channels, out_channels, groups, embedding_dim):
         super().__init__(in_channels, out_channels, groups, embedding_dim)
@@ -152,7 +152,7 @@ def show_labels():
 # A model trained both with and without labels knows what a label changes. Its two predictions, without the label and
 # with it, are two points. Classifier-free guidance (Ho and Salimans 2022) follows the line from the first to the second
 # and keeps going: x0_hat = x0(label) + w · (x0(label) - x0(no label)). The garments get clearer, and fewer look odd.
-# Most software's guidance_scale is 1 + w. Many papers draw the line for the noise, (x - x0_hat) / sigma.
+# Most software's guidance_scale is 1 + w. Many papers guide the predicted noise, (x - x0_hat) / sigma.
 #
 # But guidance waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; see section 4), so the first 7
 # of 14 steps need only one prediction each. A network trained for longer needs less guidance (docs/measurements.md).
@@ -251,13 +251,13 @@ def show_blend():
 
 
 # %% 6. What a pixel depends on
-# Is any part of the image out of reach for a pixel of this U-Net? As in section 1 of 02, the gradient shows how much
-# one pixel of the prediction depends on each pixel of the input, now in a trained network. At high noise, the pixel
-# depends on the whole garment: the network is still deciding what to make. At low noise, mostly on its surroundings.
+# Is any part of the image outside a pixel's receptive field? As in section 1 of 02, the gradient shows how much one
+# pixel of the prediction depends on each pixel of the input, now in a trained network. At high noise, the pixel depends
+# on the whole garment: the network is still deciding what to make. At low noise, mostly on its surroundings.
 #
-# Switching off all attention hardly changes the picture: on the lower levels one pixel stands for many, so the
-# convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST that
-# hardly helps; if the convolutions can't reach far enough, attention can be vital (docs/measurements.md has both).
+# Switching off all attention hardly changes the gradient: on the lower level one pixel stands for many, so the
+# convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST we
+# saw no gain; if the convolutions can't reach far enough, attention can be vital (docs/measurements.md has both).
 def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
     """The states (sigma, x, x0_hat) of a sampling run with these labels `(n,)`, closest to the given noise levels."""
     noise = lesson3.draw_noise(settings, [(0, int(each), 0) for each in label], denoiser.device)
@@ -300,9 +300,9 @@ def show_reach():
 
 
 # %% 7. Where a pixel looks
-# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? From
-# one pixel of a boot, in the shipped network's last attention layer, one of three heads looks mostly along the edges of
-# the image. At low noise, the other two look mostly nearby, above all at the pixel itself.
+# In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? At one
+# pixel of a boot, in the shipped network's last attention layer, one of three heads attends mostly to the edges of the
+# image. At low noise, the other two attend mostly to nearby pixels, above all to the pixel itself.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
@@ -328,7 +328,7 @@ def show_look():
             title = f"head {head}: {far_share(look, row, column, 2):.0%} far"
             tools.plot_image(axis, look, title, cmap="gray_r", vmin=0)
             axis.plot(column, row, "s", color="tab:orange", markerfacecolor="none")
-    subtitle = f"far: over two positions away; even weights would give {even:.0%}; {settings.data}"
+    subtitle = f"far: over two positions away; uniform weights would give {even:.0%}; {settings.data}"
     tools.set_title(figure, f"Different heads look at different positions\n{subtitle}")
     return figure
 

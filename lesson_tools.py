@@ -195,7 +195,7 @@ def plot_losses(title, losses, previews):
 
 # %% Files
 def write_atomically(path, save):
-    """Let save(buffer) produce a file's content, then write it, all or nothing, in a folder created if necessary: the
+    """Let save(buffer) produce a file's content, then write it, all or nothing, creating its folder if necessary: the
     old file stays until the new one is complete. Raises OSError, with path and reason, if it can't be written."""
     buffer = io.BytesIO()
     save(buffer)
@@ -274,7 +274,7 @@ def choose_device(name):
         print("note      this PyTorch can't use the NVIDIA GPU, so we use the CPU; pytorch.org has other builds")
     available = [device for device in there if there[device]]
     if name not in ("auto", *available):
-        raise UserError(f"--device {name}: not available here, only {', '.join(available)}")
+        raise UserError(f"--device {name}: not available here; use {' or '.join(available)}")
     return torch.device(available[0] if name == "auto" else name)
 
 
@@ -357,7 +357,7 @@ def load_checkpoint(path, kind, **asked):
 def check_same(path, settings, **asked):
     """Raise UserError if a checkpoint's settings differ from those asked for."""
     there = settings._asdict()
-    others = [f"{name} {there[name]} there, {asked[name]} here" for name in asked if there[name] != asked[name]]
+    others = [f"{name} {there[name]}, not {asked[name]}" for name in asked if there[name] != asked[name]]
     if others:
         raise UserError(f"{path}: from another run ({', '.join(others)}); use its options, --restart or another --out")
 

@@ -181,7 +181,7 @@ def fetch(url):
 
 
 def keep(content, path):
-    """Write a file, all or nothing, in a folder created if necessary."""
+    """Write a file, all or nothing, creating its folder if necessary."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""Pixels look at each other (Vaswani et al. 2017, section 3.2).
+"""Attention, and what is built from it (Vaswani et al. 2017, section 3.2).
 
 Parameters are a dictionary of arrays, named as in the PyTorch module; a linear layer is `x @ weight.T + bias`.
 """
@@ -23,7 +23,7 @@ def attention(q, k, v):
 
 
 def multi_head_self_attention(tokens, parameters, heads):
-    """(s, c) -> (s, c): each head has its own q, k and v, projected from all channels; the heads' averages are joined.
+    """(s, c) -> (s, c): each head has its own q, k, v, from all channels; the heads' outputs are concatenated.
 
     A single matrix serves all heads: its rows make q first, head by head, then k, then v.
     """

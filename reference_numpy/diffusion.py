@@ -30,7 +30,7 @@ def denoising_loss(x0_hat, x0, sigma, sigma_data):
 
 
 def ideal_denoiser(x, sigma, images):
-    """Noisy x (n, c, h, w), one number sigma, and all images there are, (m, c, h, w) -> for each x the best guess of
+    """Noisy x (n, c, h, w), one number sigma, and the whole data set, (m, c, h, w) -> for each x the best guess of
     x0, (n, c, h, w): the mean of all images, each weighted by how likely the noise x - image is (Bayes' rule)."""
     x0_hat = np.empty_like(x)
     for i in range(len(x)):

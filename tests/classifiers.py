@@ -1,8 +1,8 @@
 """Two small Fashion-MNIST classifiers, whose features measure how good samples are. `classifiers.pt` holds them.
 
 The distance between two sets of images is the Fréchet distance, as in FID, but in the features of these networks
-(Heusel et al. 2017 use those of Inception, trained on photographs). It depends on the network; as everyone has the same
-two, everyone's distances can be compared. `python tests/classifiers.py` trains them, in 18 minutes on two cores.
+(Heusel et al. 2017 use those of Inception, trained on photographs). Distances depend on the network; as everyone has
+the same two, everyone's can be compared. `python tests/classifiers.py` trains them, in 18 minutes on two cores.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python tests/measure_attention.py [--steps N] [--seeds S] [--n N] [--out DIR]
 
 An image is grey, with a bar along its left edge and one along its right; both are white, or both are black. Lesson 4's
-U-Net has a single level here and never goes down, so its twelve 3×3 convolutions carry information only twelve pixels
-far, and the bars are sixteen apart. A group norm would be another way across, as its mean takes in all pixels; so here
-each pixel is normalised by itself. We train the network with and without attention in its middle, on the same images in
-the same order, and count the samples whose bars match.
+U-Net has a single level here and never downsamples, so its twelve 3×3 convolutions reach only twelve pixels, and the
+bars are sixteen apart. A group norm would be another way across, as its mean takes in all pixels; so here each pixel is
+normalised by itself. We train the network with and without attention in its middle, on the same images in the same
+order, and count the samples whose bars match.
 
 For what attention is worth on Fashion-MNIST, see the row "no attention" of `measure_recipe.py`.
 """

@@ -79,7 +79,7 @@ class Quality(NamedTuple):
 
 
 def print_table(rows):
-    """Print both classifiers' figures, each line once measured. rows: (beginning, {classifier: Quality}) pairs."""
+    """Print both classifiers' figures, each row when ready. rows: (beginning, {classifier: Quality}) pairs."""
     print(f"\n{'':26}" + "".join(f"{f'{name}: Fréchet':>20}{'accuracy':>10}" for name in ARCHITECTURES))
     for beginning, qualities in rows:
         print(f"{beginning:26}", end="")

@@ -5,7 +5,7 @@
 
 Each row is today's recipe with one thing changed. Every row trains on the same number of images, or for the same time,
 and draws the same number of samples from the same noise, with guidance and without, for the classifiers to measure. A
-finished row is a line of `results.jsonl`; one that is there, from the same kind of machine, is not measured again.
+finished row is a line of `results.jsonl`; a row that is there already, from the same kind of machine, is skipped.
 
 The rows named "road" lead from the lecture's conditional model (notebook 28) to today's recipe, each with all the
 changes before it. The first rebuilds the lecture's model from our classes: 28 × 28 pixels padded to 32 × 32 in ±0.5,
@@ -391,7 +391,7 @@ def spread(values, form):
 
 
 def plot_road(lines):
-    """The distance of each row of the road among lines of one kind, guided if it can be."""
+    """Plot the distance of each row of the road, guided if measured. lines: of one kind."""
     found = {line["row"]: line.get("guided", line["unguided"])["residual"][0] for line in lines}
     steps = [step for step in ROAD if step in found]
     distances, places = [found[step] for step in steps], range(len(steps))

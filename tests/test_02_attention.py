@@ -46,7 +46,7 @@ def assert_near(result, expected, tolerance):
 
 
 def gradients(output, *inputs):
-    """Of a sum of squares, in one vector, as some are zero up to rounding (that of the keys' bias, for one)."""
+    """Gradients of the sum of squares, as one vector: by itself, that of the keys' bias is zero up to rounding."""
     return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(output.square().sum(), inputs)])
 
 

@@ -287,7 +287,7 @@ def test_the_average_is_what_a_checkpoint_samples_with(lesson3, tmp_path, monkey
     torch.testing.assert_close(denoiser.state_dict(), ema.state_dict(), rtol=0, atol=0)
     assert not denoiser.training and not any(parameter.requires_grad for parameter in denoiser.parameters())
     for change, complaint in (
-        ({"network": "UntimedUNet"}, "network UntimedUNet there, TimeUNet here"),
+        ({"network": "UntimedUNet"}, "network UntimedUNet, not TimeUNet"),
         ({"preset": "huge"}, "unknown preset 'huge'; this version knows small, lecture"),
     ):
         tools.save_checkpoint(path, content | {"settings": settings._replace(**change)._asdict()})

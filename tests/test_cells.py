@@ -1,5 +1,5 @@
-"""Every section of the four scripts runs cell by cell in IPython, shows its picture under its cell, and prints what is
-true. The subprocesses run this file too: it cuts short what takes long, and changes nothing else."""
+"""Every section of the four scripts runs cell by cell in IPython, shows its picture under its cell, and prints true
+claims. The subprocesses run this file too: it shortens the slow parts, and changes nothing else."""
 
 import contextlib
 import io

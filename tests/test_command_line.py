@@ -77,7 +77,7 @@ def run(lesson3, run_untouched, monkeypatch):
 
 
 def squares(folder, seen):
-    """Options like `TINY`, for training on so many images, out of 90 small pictures in the folder. (A new process would
+    """Options like `TINY`, for training on that many images, from 90 small pictures in the folder. (A new process would
     spend seconds on drawing garments.)"""
     return [*TINY[4:], "--epochs", str(seen / 90), "--data-dir", str(write_pictures(folder / "squares"))]
 
@@ -172,10 +172,10 @@ def test_a_finished_run_only_samples_again(lesson3, lesson4, run, tmp_path):
     assert np.abs(np.load(tmp_path / "samples.npy") - images).max() > 0.1
 
     for lesson, asked, complaint in (
-        (lesson4, [*TINY, "--epochs", "0.04"], "steps 12 there, 40 here"),
-        (lesson4, [*TINY, "--seed", "7"], "seed 0 there, 7 here"),
-        (lesson4, [*TINY, "--preset", "lecture"], "preset small there, lecture here"),
-        (lesson3, TINY, "network CondUNet there, TimeUNet here"),
+        (lesson4, [*TINY, "--epochs", "0.04"], "steps 12, not 40"),
+        (lesson4, [*TINY, "--seed", "7"], "seed 0, not 7"),
+        (lesson4, [*TINY, "--preset", "lecture"], "preset small, not lecture"),
+        (lesson3, TINY, "network CondUNet, not TimeUNet"),
     ):
         _, errors = run(lesson, *asked, "--out", tmp_path, status=2)
         (line,) = errors.splitlines()
@@ -245,7 +245,7 @@ NAMES = ["Cheap $5 to $10", "$5_^$", "\\frac", "100 %", "_a_", "{0}", "été", "
 
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_any_name_can_be_drawn(lesson4, nothing_loaded, run, tmp_path):
-    """A class's or a data set's: nothing in it is taken for mathematics, or for anything but letters."""
+    """Names of classes and data sets are drawn literally: nothing in them becomes mathematics or markup."""
     folder = write_pictures(tmp_path / "$a$ {set}", len(NAMES), 1)
     for label, name in enumerate(NAMES):
         (folder / f"class {label}").rename(folder / name)
@@ -262,10 +262,10 @@ def test_a_finished_run_notices_that_its_images_have_changed(lesson4, nothing_lo
     run(lesson4, *options)
     assert "finished in an earlier run" in run(lesson4, *options)[0]
     (folder / "class 0" / "00.png").unlink()
-    assert "images 5 there, 4 here" in run(lesson4, *options, status=2)[1]
+    assert "images 5, not 4" in run(lesson4, *options, status=2)[1]
     (folder / "class 1" / "02.png").rename(folder / "class 0" / "03.png")
     write_pictures(folder, 1, 1)
-    assert "counts (2, 3) there, (3, 2) here" in run(lesson4, *options, status=2)[1]
+    assert "counts (2, 3), not (3, 2)" in run(lesson4, *options, status=2)[1]
 
 
 def test_a_finished_run_refuses_other_data_of_the_same_name(lesson4, nothing_loaded, run, tmp_path):
@@ -277,8 +277,7 @@ def test_a_finished_run_refuses_other_data_of_the_same_name(lesson4, nothing_loa
     run(lesson4, *options, "--data-dir", tmp_path / "MNIST" / "raw")
     assert "finished" in run(lesson4, *options, "--data-dir", tmp_path / "MNIST" / "raw")[0]
     assert (
-        "size (18, 30) there, (20, 30) here"
-        in run(lesson4, *options, "--data-dir", tmp_path / "KMNIST" / "raw", status=2)[1]
+        "size (18, 30), not (20, 30)" in run(lesson4, *options, "--data-dir", tmp_path / "KMNIST" / "raw", status=2)[1]
     )
 
 

@@ -1,4 +1,4 @@
-"""The data sets: the official files, other people's, and everything that can go wrong with a file or a network."""
+"""The data sets: the official files, other people's, and what can go wrong with a file or a download."""
 
 import contextlib
 import functools

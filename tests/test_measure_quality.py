@@ -1,4 +1,4 @@
-"""The measurement of quality: its parts, and the command on tiny networks with classifiers that know nothing."""
+"""The measurement of quality: its parts, and the command on tiny networks with untrained classifiers."""
 
 import os
 import sys
@@ -61,7 +61,7 @@ def test_baselines_have_equally_many_of_each_class(sets):
 def tiny(sets, lesson3, redraw, monkeypatch, tmp_path):
     """tiny(network's name): the path of a checkpoint of a tiny network with random weights.
 
-    spoilt: the name of a file to overwrite with garbage, itself perhaps; relabelled: a set to give other classes."""
+    spoilt: a file to overwrite with garbage, maybe the checkpoint; relabelled: a set to give other classes."""
     preset = lesson3.PRESETS["small"]._replace(widths=(8, 16), groups=2, head_dim=8, batch_size=4)
     monkeypatch.setitem(lesson3.PRESETS, "small", preset)
     monkeypatch.setattr(tools, "choose_precision", lambda device: None)
@@ -123,7 +123,7 @@ def test_a_classifier_learns(name, monkeypatch):
 
 
 def test_the_shipped_classifiers_know_fashion(monkeypatch):
-    """They are small and harmless, and name 93 % of the test images correctly; of the first 2,000, about as many."""
+    """They are small, contain no code, and classify over 92 % of the first 2,000 test images correctly."""
     assert classifiers.PATH.stat().st_size < 2e6
     weights = torch.load(classifiers.PATH, weights_only=True)
     assert {value.dtype for each in weights.values() for value in each.values()} == {torch.float16, torch.int64}
@@ -155,7 +155,7 @@ def test_augmentation_moves_and_mirrors_and_fills_with_background():
 
 @pytest.fixture
 def little_classifiers(monkeypatch):
-    """They have learned nothing: their 16 features are means of every fourth pixel in every fourth row."""
+    """Untrained ones: their 16 features are means of every fourth pixel in every fourth row."""
     little = dict.fromkeys(classifiers.ARCHITECTURES, lambda: torch.nn.PixelUnshuffle(4))
     monkeypatch.setattr(classifiers, "ARCHITECTURES", little)
     made = {name: classifiers.Classifier(name) for name in little}

@@ -140,7 +140,7 @@ def test_every_result_belongs_to_a_row():
 
 @pytest.mark.parametrize("page", ["measurements.md", "open_questions.md"])
 def test_the_tables_in_docs_show_the_results(page):
-    """Seeds, loss and distances of each row, by the row's name; or by how much they change."""
+    """Each row's seeds, loss and distances; in open_questions.md, how much they change."""
     text = (Path(__file__).parent.parent / "docs" / page).read_text(encoding="utf-8").replace("−", "-")
     wanted, spread = (60_000, None, 4000, "AMD EPYC, AVX-512 BF16", "bfloat16", 1), measure_recipe.spread
     results = [line for line in measure_recipe.read_results() if measure_recipe.kind(line) == wanted]
@@ -170,7 +170,7 @@ def test_changes_are_in_percent_and_seed_by_seed():
 
 
 def test_the_border_does_not_count_in_the_loss():
-    """Else a padded network would have much that is easy."""
+    """Otherwise, easy padding pixels would lower the loss."""
     images, labels = torch.randint(256, (10, 1, 12, 12), dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
 
     def denoiser(x, sigma, label):

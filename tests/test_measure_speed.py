@@ -44,7 +44,7 @@ def test_ratios_are_those_of_the_same_round():
 
 
 def test_competitors_have_the_same_structure_and_lesson_4s_batches(tiny, lesson3, monkeypatch):
-    """As many parameters; only "by hand" computes attention by hand. One label in ten is dropped."""
+    """Equal numbers of parameters; only "by hand" computes attention by hand. One label in ten is dropped."""
     by_hand, attention, counts = [], measure_speed.lesson2.attention, set()
     monkeypatch.setattr(measure_speed.lesson2, "attention", lambda *qkv: by_hand.append(kind) or attention(*qkv))
     for kind in ("ours", "by hand", "diffusers"):
