@@ -144,7 +144,7 @@ def show_labels():
     across, down = lesson3.pixel_std(table.transpose(0, 1)), lesson3.pixel_std(table)
     subtitle = f"pixels' standard deviation: {across:.2f} across a row, {down:.2f} down a column; {settings.data}"
     title = f"The label picks the garment, the noise its look\n{subtitle}"
-    titles = [name.replace(" ", "\n").replace("/", "/\n") for name in settings.classes]
+    titles = [name.replace(" ", "\n") for name in settings.classes]
     return tools.plot_grid(title, images, n, [f"noise {row}" for row in range(rows)], titles)
 
 
@@ -179,19 +179,26 @@ def guide(denoiser, guidance, below=GUIDED_BELOW):
     return denoise
 
 
+def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
+    """The states (sigma, x, x0_hat) of a sampling run with these labels `(n,)`, closest to the given noise levels."""
+    noise = lesson3.draw_noise(settings, [(0, int(each), 0) for each in label], denoiser.device)
+    *states, _ = lesson3.sample_dpm(functools.partial(denoiser, label=label), noise, lesson3.noise_levels())
+    return [min(states, key=lambda state: abs(math.log(state[0] / sigma))) for sigma in sigmas]
+
+
 @tools.section
 def show_line():
     denoiser, settings = load_demo_model()
     n = len(settings.classes)
-    x = 3 * lesson3.draw_noise(settings, [(0, i, 0) for i in range(n)], denoiser.device)  # nothing but noise
-    label = torch.arange(n, device=x.device)
+    label = torch.arange(n, device=denoiser.device)
+    ((sigma, x, _),) = states_on_the_way(denoiser, settings, label, [8])
     weights = {"no label": -1, "label": 0, "guidance 0.5": 0.5, "guidance 1": 1, "guidance 3": 3}
-    points = [guide(denoiser, w, math.inf)(x, 3.0, label) for w in weights.values()]
+    points = [guide(denoiser, w, math.inf)(x, sigma, label) for w in weights.values()]
     away = [f"{(point - points[1]).square().mean().sqrt():.2f}" for point in points]
     print(f"   RMS distance from the prediction with the label, at guidance -1, 0, 0.5, 1, 3: {', '.join(away)}")
     images = lesson3.crop(torch.cat(points), settings.size).cpu()
-    title = f"Guidance extends the line from no label to label\none prediction of x0, at sigma 3; {settings.data}"
-    return tools.plot_grid(title, images, n, weights)
+    title = f"Guidance extends the line from no label to label\npredicting x0 at sigma {sigma:.2g}; {settings.data}"
+    return tools.plot_grid(title, images, n, weights, [name.replace(" ", "\n") for name in settings.classes])
 
 
 # %% 4. How strong, and from when
@@ -258,13 +265,6 @@ def show_blend():
 # Switching off all attention hardly changes the gradient: on the lower level one pixel stands for many, so the
 # convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST we
 # saw no gain; if the convolutions can't reach far enough, attention can be vital (docs/measurements.md has both).
-def states_on_the_way(denoiser, settings, label, sigmas=(20, 1, 0.1)):
-    """The states (sigma, x, x0_hat) of a sampling run with these labels `(n,)`, closest to the given noise levels."""
-    noise = lesson3.draw_noise(settings, [(0, int(each), 0) for each in label], denoiser.device)
-    *states, _ = lesson3.sample_dpm(functools.partial(denoiser, label=label), noise, lesson3.noise_levels())
-    return [min(states, key=lambda state: abs(math.log(state[0] / sigma))) for sigma in sigmas]
-
-
 def without_attention(denoiser):
     """A copy of the denoiser whose attention adds nothing."""
     plain = copy.deepcopy(denoiser)
