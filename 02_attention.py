@@ -152,9 +152,9 @@ def show_one_pixel():
         distant = (columns - column).abs() > 5
         share, even = weights[:, distant].sum(), distant.float().mean()
         print(f"   {classes[label]}: {share:.0%} of the weight is over five columns away, beyond the reach", end=" ")
-        print(f"of an 11 × 11 convolution (even weights: {even:.0%})")
+        print(f"of an 11 × 11 convolution (uniform weights: {even:.0%})")
         tools.plot_image(above, images[label, 0], classes[label])
-        tools.plot_image(below, weights, f"{share:.0%} over 5 columns away\n(even weights: {even:.0%})", cmap="gray_r")
+        tools.plot_image(below, weights, f"{share:.0%} over 5 columns away\n(uniform: {even:.0%})", cmap="gray_r")
         for axis, color in ((above, "white"), (below, "black")):
             axis.plot(column, row, "o", color=color, markerfacecolor="none", markersize=10)
     tools.set_title(figure, f"The marked pixel attends to lookalikes, near and far\n{name}")
@@ -243,8 +243,8 @@ class SelfAttention(nn.Module):
 # Three projections of the same tokens are one projection with three times as many outputs; `chunk` cuts the result into
 # three. One large matrix product keeps the hardware busier than three small ones, so we do this from section 10 on.
 #
-# Like the lecture, we print the output's standard deviation. In a new layer, scores are small, so weights are
-# nearly even. Our random pixels are independent, so their average varies much less than they do (what is left is mostly
+# Like the lecture, we print the output's standard deviation. In a new layer, scores are small, so weights are nearly
+# uniform. Our random pixels are independent, so their average varies much less than they do (what is left is mostly
 # biases). The branch therefore adds little, and the output nearly equals the input. (In a real image, channels have
 # nonzero means, which averaging keeps, so the branch adds more: nearly the same vector to every pixel.)
 @tools.section
