@@ -301,8 +301,8 @@ def show_reach():
 
 # %% 7. Where a pixel looks
 # In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? At one
-# pixel of a boot, in the shipped network's last attention layer, one of three heads attends mostly to the edges of the
-# image. At low noise, the other two attend mostly to nearby pixels, above all to the pixel itself.
+# pixel of a boot, in the shipped network's last attention layer, one of three heads attends mostly to the empty border.
+# At low noise, another attends mostly to the pixel itself, the third also to its surroundings.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
