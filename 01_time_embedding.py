@@ -32,8 +32,8 @@ import lesson_tools as tools
 # times its frequency (in radians, so a full turn takes 2π / frequency). Each hand is slower than the one before it by a
 # constant factor: the frequencies are powers of one number, with evenly spaced exponents.
 #
-# (Not every network needs a clock. The one in 03 must scale up faint noise nearly as much. It has a clock, but does as
-# well with a single number, ln(sigma), perhaps because a logarithm spaces the noise levels well
+# (Not every network needs a clock. The one in 03 must scale up faint noise nearly as much. It has a clock, but
+# reaches as low a loss with a single number, ln(sigma), perhaps because a logarithm spaces the noise levels well
 # (docs/open_questions.md).)
 @tools.section
 def show_clock():
