@@ -35,7 +35,7 @@ def load(name="auto", split="train", data_dir=None, download=True):
     download: whether Fashion-MNIST may be downloaded; if not, "auto" uses it only if it is already on disk.
 
     Raises DataError, with a one-line message for the user, if files are missing or damaged; ValueError for an unknown
-    name.
+    name or split.
     """
     if name not in NAMES or split not in SPLITS:
         raise ValueError(f"no data set {name!r}, {split!r}: name is one of {NAMES}, split one of {SPLITS}")

@@ -1,7 +1,4 @@
-"""Fashion-MNIST, or any data set in its file format: find or download the files, and check them.
-
-Xiao, Rasul and Vollgraf, 2017: "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms".
-"""
+"""Fashion-MNIST (Xiao et al. 2017), or any data set in its file format: find or download the files, and check them."""
 
 import contextlib
 import gzip

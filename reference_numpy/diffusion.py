@@ -13,7 +13,7 @@ def denoise(network, x, sigma, label, sigma_data, patch, time_scale):
     """Noisy images x (n, c, h, w) and their sigma (n,) -> x0_hat (n, c, h, w).
 
     network(x, time, label): see `cond_unet`. sigma_data: standard deviation of the images. patch: side of the patches
-    whose pixels become the network's channels. time_scale: the network's time is ln(sigma) / 4 times this.
+    whose pixels become the network's channels. time_scale: the network's time is time_scale · ln(sigma) / 4.
     """
     s = sigma[:, None, None, None]  # (n, 1, 1, 1)
     c_skip = sigma_data**2 / (s**2 + sigma_data**2)  # how much of x stays
@@ -54,8 +54,8 @@ def noise_levels(steps, sigma_min, sigma_max, rho=7):
     return sigmas
 
 
-# Each sampler takes denoise(x, sigma), with one number sigma; noise (n, c, h, w) of variance 1; and falling noise
-# levels that end with 0. It returns x at each of them: the first is pure noise, the last the images.
+# Each sampler takes denoise(x, sigma), with one number sigma; noise (n, c, h, w) of variance 1; and noise levels
+# that fall to 0. It returns x at each of them: the first is pure noise, the last the images.
 
 
 def sample_ddim(denoise, noise, sigmas):
@@ -103,7 +103,7 @@ def sample_heun(denoise, noise, sigmas):
 
 
 def sample_flow(denoise, noise, times):
-    """Flow matching: as t grows, z = (1 - t) x0 + t noise moves at the velocity noise - x0 (Lipman et al. 2023).
+    """Flow matching: as t grows, z = (1 - t) x0 + t noise moves with velocity noise - x0 (Lipman et al. 2023).
     times: from below 1 down to 0. Returns z at each of them."""
     states = [times[0] * noise]
     for i in range(len(times) - 1):

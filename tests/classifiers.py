@@ -146,7 +146,7 @@ def main():
         _, found = look(classifier, to_range(torch.from_numpy(test_set.images)))
         right = (found == torch.from_numpy(test_set.labels)).float().mean()
         count = sum(parameter.numel() for parameter in classifier.parameters())
-        print(f"{name}: {count:,} parameters, names {right:.1%} of the test images correctly")
+        print(f"{name}: {count:,} parameters, {right:.1%} accurate on the test images")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def redraw():
 
 @pytest.fixture
 def compare():
-    """compare(piece, result, expected, tolerance): assert that no two numbers are further apart than the tolerance.
+    """compare(piece, result, expected, tolerance): assert that no number is off by more than the tolerance.
 
     result: a tensor, or NumPy's or Python's numbers; expected: tensor or array of the same shape.
     """

@@ -1,10 +1,10 @@
-"""Write a network trained by lesson 3 or 4 as a diffusers UNet2DModel. Run by hand.
+"""Write a network trained by lesson 3 or 4 as a diffusers UNet2DModel.
 
     python tests/export_diffusers.py CHECKPOINT DIR
 
-CHECKPOINT is a checkpoint.pt under runs/. DIR gets the network, for UNet2DModel.from_pretrained(DIR), and the noise
-levels, for EDMDPMSolverMultistepScheduler.from_pretrained(DIR). docs/diffusers.md has the lines that sample with the
-two; they also do what our `Denoiser` does around the network, which is not exported.
+CHECKPOINT is a run's checkpoint.pt, or cond.pt. DIR gets the network, for UNet2DModel.from_pretrained(DIR), and the
+noise levels, for EDMDPMSolverMultistepScheduler.from_pretrained(DIR). docs/diffusers.md has the lines that sample with
+the two; they also do the work of our `Denoiser`, which is not exported.
 """
 
 import argparse

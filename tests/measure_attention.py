@@ -1,4 +1,4 @@
-"""A task that needs attention: two bars, far apart, have to match. Run by hand.
+"""A task that needs attention: two bars, far apart, have to match.
 
     python tests/measure_attention.py [--steps N] [--seeds S] [--n N] [--out DIR]
 
@@ -88,7 +88,7 @@ def main():
     options = parser.parse_args()
     lesson3.P_MEAN = 2.7  # the colour of so large a bar is decided at a sigma of about 15
     shown = {"images": draw_pairs(10, torch.Generator().manual_seed(0)) / 127.5 - 1}
-    print(f"{options.steps:,} steps of {BATCH_SIZE} images; how many of {options.n} samples have matching bars")
+    print(f"{options.steps:,} steps of {BATCH_SIZE} images; the share of {options.n} samples whose bars match")
     for seed in range(options.seeds):
         for attention in (False, True):
             began, name = time.perf_counter(), f"{'with' if attention else 'without'} attention, seed {seed}"

@@ -1,8 +1,8 @@
-"""Does a transformer need a lot of data? Test accuracy against the number of labelled images. Run by hand.
+"""Does a transformer need a lot of data? Test accuracy against the number of labelled images.
 
     python tests/measure_data_efficiency.py [--out DIR]      about ten minutes on two CPU cores
 
-Three learners with the same number of parameters and the same optimiser: the vision transformer of lesson 2, a
+Three learners of about the same size, with the same optimiser: the vision transformer of lesson 2, a
 convolutional network, and the same transformer pre-trained on all training images, without labels, to fill in hidden
 patches (Xie et al. 2022). Each learns from 1 %, 4 % and 16 % of the training set, with three seeds.
 """

@@ -1,9 +1,9 @@
-"""How good are the samples of lessons 3 and 4? Two classifiers measure them. Run by hand.
+"""How good are the samples of lessons 3 and 4? Two classifiers measure them.
 
     python tests/measure_quality.py CHECKPOINT [--n N] [--steps S] [--guidance W]
 
-It prints three measures, for the samples, for as many training images (nobody can expect to do better) and for
-white noise: the Fréchet distance to the test images (as in FID, but in the features of two small classifiers trained on
+It prints three measures, for the samples, for as many training images (the distance to aim for) and for white
+noise: the Fréchet distance to the test images (as in FID, but in the features of two small classifiers trained on
 Fashion-MNIST); the class accuracy, the share that a classifier assigns to the class asked for; and the distance to the
 nearest training image, which shows whether the network copies.
 """
@@ -41,7 +41,7 @@ def load_denoiser(path, device):
     """The averaged denoiser in a checkpoint of lesson 3 or 4, and its `RunSettings`. Raises UserError."""
     checkpoint = tools.load_checkpoint(path, lesson3.RunSettings)
     if checkpoint is None or checkpoint["settings"].network not in NETWORKS:
-        raise tools.UserError(f"{path}: no checkpoint of these lessons there")
+        raise tools.UserError(f"{path}: no checkpoint of lesson 3 or 4")
     return lesson3.load_denoiser(path, NETWORKS[checkpoint["settings"].network], device)
 
 
@@ -59,7 +59,7 @@ def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None, seed
 
 
 class Baselines:
-    """What samples are compared with: as many training images, the same number of each class, and white noise."""
+    """What we compare samples with: as many training images, equally many of each class, and white noise."""
 
     def __init__(self, train, n):
         order = np.random.default_rng(0).permutation(len(train.labels))
@@ -79,10 +79,10 @@ class Quality(NamedTuple):
 
 
 def print_table(rows):
-    """Print both classifiers' figures, each row when ready. rows: (beginning, {classifier: Quality}) pairs."""
+    """Print both classifiers' figures, each row when ready. rows: (name, {classifier: Quality}) pairs."""
     print(f"\n{'':26}" + "".join(f"{f'{name}: Fréchet':>20}{'accuracy':>10}" for name in ARCHITECTURES))
-    for beginning, qualities in rows:
-        print(f"{beginning:26}", end="")
+    for name, qualities in rows:
+        print(f"{name:26}", end="")
         for distance, accuracy in qualities.values():
             print(f"{distance:20.3f}{'-' if accuracy is None else f'{accuracy:.1%}':>10}", end="")
         print(flush=True)
@@ -132,7 +132,7 @@ def find_nearest(images, others, but=None, batch_size=250):
 
 
 def measure_copies(images, baselines, train, test, device):
-    """Print how close samples come to training images, and how close test images do, for comparison."""
+    """Print how close samples come to training images and, for comparison, other images."""
     training_images, test_images = (to_range(torch.from_numpy(part.images)) for part in (train, test))
     sets = {"samples": images, "test images": test_images}
     sets |= {"training images": baselines.images, "white noise": baselines.noise}
@@ -146,7 +146,7 @@ def measure_copies(images, baselines, train, test, device):
 
 # %% The measurement of a checkpoint
 def measure(options, denoiser, settings, train, test, panel):
-    """All figures of one checkpoint. The noise is new: guidance was chosen with seed 0."""
+    """Print all measures of one checkpoint. The noise is new, as we chose guidance with seed 0."""
     images, labels = draw_samples(denoiser, settings, options.n, options.steps, options.guidance, seed=1)
     baselines = Baselines(train, options.n)
     rows = {"samples": (images, labels), "training images": (baselines.images, baselines.labels)}
@@ -170,7 +170,7 @@ def main():
     train, test = (tools.load_data("fashion-mnist", split, options.data_dir) for split in data.SPLITS)
     denoiser, settings = load_denoiser(options.checkpoint, device)
     if options.guidance is not None and settings.network != "CondUNet":
-        raise tools.UserError(f"--guidance: {settings.network} in {options.checkpoint} has no label to follow")
+        raise tools.UserError(f"--guidance: {settings.network} in {options.checkpoint} takes no labels; leave it out")
     sources = {
         (part.classes, name) for part, name in ((train, train.name), (test, test.name), (settings, settings.data))
     }

@@ -1,4 +1,4 @@
-"""What each choice of the recipe is worth, all measured the same way. Run by hand.
+"""What each choice of the recipe is worth, all measured the same way.
 
     python tests/measure_recipe.py ROW [--seed S] [--images N | --minutes M] [--sweep]
     python tests/measure_recipe.py          the rows in `results.jsonl`, as Markdown tables, and a picture of the road
@@ -237,7 +237,7 @@ def measure_batch_norm(denoiser, batches, n=100):
 @torch.no_grad()
 def sample_ddpm(denoise, noise, sigmas):
     """The lecture's way from noise to images: each step mixes x and the clamped x0_hat, and adds new noise (DDIM with
-    eta = 1, which is DDPM's step). Its images are half as large as ours, so its clamp to ±1 is ±2 here."""
+    eta = 1, which is DDPM's step). Its pixel values are half of ours, so its clamp to ±1 is ±2 here."""
     x = sigmas[0] * noise
     for sigma, sigma_next in pairwise(sigmas):
         x0_hat, kept = denoise(x, sigma).clamp(-2, 2), (sigma_next / sigma) ** 2
@@ -262,8 +262,8 @@ def sample(recipe, settings, denoiser, n, guidance, below=lesson4.GUIDED_BELOW):
 
 @torch.no_grad()
 def measure_loss(denoiser, sigma_data, images, labels, size):
-    """Lesson 3's loss, with its noise levels and weights, for any denoiser, on uint8 images `(n, 1, h, w)` without the
-    border around `size`."""
+    """Lesson 3's loss, with its noise levels and weights, for any denoiser, on uint8 images `(n, 1, h, w)`. The border
+    around `size` doesn't count."""
     generator = torch.Generator().manual_seed(0)
     mean, deviation = Recipe().levels
     sigma = (mean + deviation * torch.randn(len(images), generator=generator)).exp()
@@ -286,7 +286,7 @@ def describe_machine(device):
 
 
 def describe_commit(results):
-    """The commit's short name, with "-dirty" if any file but the results has changed since."""
+    """The commit's short hash, with "-dirty" if any file but the results has changed since."""
 
     def git(*arguments):
         command = ["git", "-C", results.parent, *arguments]
@@ -417,7 +417,7 @@ def plot_road(lines):
 def make_parser():
     parser = tools.make_parser(__file__, __doc__)
     add, number = parser.add_argument, tools.number
-    add("row", nargs="?", metavar="ROW", help="row to measure; without one, print the tables: " + "; ".join(RECIPES))
+    add("row", nargs="?", metavar="ROW", help="row to measure (default: print the tables): " + "; ".join(RECIPES))
     add("--seed", metavar="S", type=number(int, 0, 2**63), default=0, help="(default: %(default)s)")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--images", metavar="N", type=number(int, 1, 10**9), default=60_000, help="(default: 60,000)")

@@ -1,10 +1,10 @@
-"""How fast are training and sampling, and how does the cost grow? Run by hand.
+"""How fast are training and sampling, and how does the cost grow?
 
     python tests/measure_speed.py [--device D]            images/s, against diffusers and attention by hand
     python tests/measure_speed.py --questions             training, for the variants of the lecture's open questions
     python tests/measure_speed.py --growth [--device D]   the cost of larger images, wider networks, more attention
 
-Three networks of the same structure, driven by lesson 3's `train` and `sample`: ours, ours with lesson 2's `attention`
+Three networks of the same structure, driven by lesson 3's `train` and samplers: ours, ours with lesson 2's `attention`
 (the lecture's way), and diffusers' UNet2DModel with its defaults. The images are noise: they take as long as any.
 Each table takes a few minutes on two CPU cores.
 """
@@ -85,7 +85,7 @@ class Competitor(NamedTuple):
 
 
 def start_training(competitor, device, batch_size, use=lesson3.use_adamw):
-    """A function that takes one of lesson 3's training steps: noise, loss, backward, clipping, optimiser, average."""
+    """A function that does one training step of lesson 3: noise, loss, backward, clipping, optimiser, average."""
     denoiser = competitor.make_denoiser(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     batches = lesson3.draw_batches(*competitor.make_images(256, device), batch_size, 0, range(10**6))
@@ -117,8 +117,8 @@ class Task(NamedTuple):
 
 
 def interleave(runs, rounds=3, seconds=0.0, clock=time.perf_counter):
-    """The seconds that each function of a dictionary takes, a list by name. A round calls each once, so other work on
-    the machine slows all of them. There are at least `rounds` rounds, and more until `seconds` have passed."""
+    """For each function of a dictionary, a list of the seconds it takes. A round calls each once, so other work on the
+    machine slows all of them. There are at least `rounds` rounds, and more until `seconds` have passed."""
     taken = {name: [] for name in runs}
     began, done = clock(), 0
     while done < rounds or clock() - began < seconds:
@@ -137,7 +137,7 @@ def compare(rates, others):
 
 
 def measure(tasks, device, batch_size, calls, rounds, seconds):
-    """The images/s of each task in each round, a list by name. calls: how often a round calls each task."""
+    """For each task, by name, a list of its images/s in each round. calls: how often a round calls each task."""
 
     def prepare(task):
         once = task.start(device, batch_size)
@@ -180,7 +180,7 @@ def row_tasks():
 
 
 def sampling_tasks(precisions, measured=2):
-    """The lecture's way first. Only two steps are measured, one of them guided: lesson 4 guides half of its own."""
+    """The lecture's way first. Only two steps are measured, one of them guided, as lesson 4 guides half its steps."""
 
     def task(competitor, steps, **others):
         start = functools.partial(start_sampling, competitor, steps=measured, **others)
@@ -231,7 +231,7 @@ def main(arguments=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     count = tools.number(int, 1, 10**6)
     parser.add_argument("--batch-size", type=count, default=32, help="images per training step (default: %(default)s)")
-    parser.add_argument("--rounds", type=count, default=5, help="measuring rounds, at least (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="rounds; more on a GPU (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = tools.choose_device(options.device)
     fast = tools.choose_precision(device)

@@ -59,7 +59,18 @@ def attention_layer(redraw):
     return make
 
 
-# 1. The weighted average
+# 1. What a pixel depends on
+@pytest.mark.parametrize("reach", [1, 2, 5])
+def test_convolutions_see_a_neighbourhood_and_attention_sees_everything(redraw, attention_layer, reach):
+    x = torch.randn(1, 4, 15, 13, dtype=torch.float64)
+    convolutions = redraw(nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(reach))).double())
+    rows, columns = (torch.arange(15) - 7).abs() <= reach, (torch.arange(13) - 6).abs() <= reach
+    assert torch.equal(lesson.input_gradient(convolutions, x, 7, 6) > 0, rows[:, None] & columns)
+    for layer in (lesson.pixel_attention, attention_layer(4, 2)):
+        assert lesson.input_gradient(layer, x, 0, 0).all()
+
+
+# 2. The weighted average
 @pytest.mark.parametrize("dtype, tolerance", PRECISIONS)
 def test_weights_and_averages_equal_numpy(dtype, tolerance):
     for scale in (0, 1, 5):
@@ -72,7 +83,6 @@ def test_weights_and_averages_equal_numpy(dtype, tolerance):
     assert_near(attended.flatten(2).mT, lesson.attention(v, v, v), tolerance)
 
 
-# 2. The tokens' numbers
 def test_a_pocket_calculator_gets_the_next_number_from_the_digits_shown(capsys):
     """The picture shows whole numbers, then weights with three decimals, averages and sums with two."""
     figure = lesson.show_tokens()
@@ -111,17 +121,6 @@ def test_one_garment_of_each_class_also_of_other_data(monkeypatch):
     assert_near(images[:, 0], expected / 127.5 - 1, 1e-6)
     for show in (lesson.show_one_pixel, lesson.show_rearrange):
         plt.close(show())
-
-
-# 1. What a pixel depends on
-@pytest.mark.parametrize("reach", [1, 2, 5])
-def test_convolutions_see_a_neighbourhood_and_attention_sees_everything(redraw, attention_layer, reach):
-    x = torch.randn(1, 4, 15, 13, dtype=torch.float64)
-    convolutions = redraw(nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(reach))).double())
-    rows, columns = (torch.arange(15) - 7).abs() <= reach, (torch.arange(13) - 6).abs() <= reach
-    assert torch.equal(lesson.input_gradient(convolutions, x, 7, 6) > 0, rows[:, None] & columns)
-    for layer in (lesson.pixel_attention, attention_layer(4, 2)):
-        assert lesson.input_gradient(layer, x, 0, 0).all()
 
 
 # 5. What flattening loses

@@ -87,7 +87,7 @@ def read(folder):
 
 
 def assert_same(one, other):
-    """Two finished runs ended with the same weights and losses, bit by bit."""
+    """Two finished runs ended with the same weights and losses, bit for bit."""
     assert torch.equal(one["losses"], other["losses"])
     assert one["ema"].keys() == other["ema"].keys()
     assert all(torch.equal(weight, other["ema"][name]) for name, weight in one["ema"].items())
@@ -397,7 +397,7 @@ def test_a_preset_sees_as_many_images_whatever_the_data(lesson3, monkeypatch, na
         assert settings.steps == round(images / lesson3.PRESETS[name].batch_size)
 
 
-# What is interrupted goes on as if nothing had happened
+# An interrupted run resumes as if nothing had happened
 @pytest.mark.parametrize(("at", "number", "times"), [(3, signal.SIGTERM, 2), (11, signal.SIGINT, 1)])
 def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp_path, monkeypatch, at, number, times):
     """Also if SIGTERM comes twice: `timeout`, for one, sends it to the process, and to its group."""
@@ -546,7 +546,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
     run(lesson4, *TINY, "--out", tmp_path)
 
 
-# Typing errors
+# Bad options
 @pytest.mark.parametrize(
     ("arguments", "accepted"),
     [
@@ -619,7 +619,7 @@ OPTIONS = [  # two of three values are good
     st.tuples(st.just(name), st.sampled_from(good.split("|")) | st.sampled_from(good.split("|")) | WORDS)
     for name, good in GOOD.items()
 ]
-# other numbers of epochs could take long
+# other numbers of epochs could be slow
 OPTIONS += [st.tuples(st.just("--epochs"), st.sampled_from(["1e-9", "0.0003", "0", "-1", "nan", "1e9", "many", ""]))]
 OPTIONS += [st.tuples(st.sampled_from(["--restart", "--sample-only", "--pretrained", "--no-time"])), st.tuples(WORDS)]
 COMMAND_LINE = st.lists(st.one_of(OPTIONS), max_size=4).map(lambda each: [word for option in each for word in option])

@@ -53,7 +53,7 @@ def test_the_official_files_are_recognised(split, n):
     assert (images.shape, images.dtype, labels.dtype) == ((n, 28, 28), np.uint8, np.int64)
     assert np.bincount(labels).tolist() == [n // 10] * 10
     assert (found.classes[9], found.name) == ("Ankle boot", "Fashion-MNIST")
-    # trousers are narrow and sneakers are low, so the labels match the images
+    # the labels match the images: trousers are narrow, sneakers low
     lit = images > 50
     assert lit[labels == 1].any(axis=1).mean() < lit[labels == 4].any(axis=1).mean()
     assert lit[labels == 7].any(axis=2).mean() < lit[labels == 3].any(axis=2).mean()

@@ -1,4 +1,4 @@
-"""README and docs/: whatever they point to exists, and the answers to the exercises are right."""
+"""README and docs/: whatever they point to exists, and the answers to two exercises are right."""
 
 import importlib
 import re
@@ -14,7 +14,7 @@ SCRIPTS = sorted(ROOT.glob("0*.py"))
 
 
 def headings(page):
-    """The anchors that GitHub makes of a page's headings."""
+    """The anchors that GitHub makes from a page's headings."""
     titles = re.findall(r"^#+ \[?(.+?)(?:\]\(.+\))?$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 

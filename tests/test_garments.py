@@ -19,7 +19,7 @@ def test_what_all_pictures_share(split, n):
     images, labels = drawn(split)
     assert (images.shape, images.dtype, labels.dtype) == ((n, 28, 28), np.uint8, np.int64)
     assert np.bincount(labels, minlength=10).tolist() == [n // 10] * 10
-    # shuffled: the classes come in no order that a batch could notice
+    # shuffled: a batch mixes the classes
     assert len(set(labels[:100].tolist())) == 10 and np.mean(np.diff(labels) == 0) < 0.15
     # the background is black and garments are light
     assert not images[:, [0, 0, -1, -1], [0, -1, 0, -1]].any()
@@ -48,12 +48,12 @@ def test_split_and_seed_decide_everything():
     assert images[-1].tobytes() == again.tobytes() and labels[-1].tobytes() == labels_again.tobytes()
 
 
-# Figures for the test pictures of each class. Somebody's checkpoint was trained on such pictures: whoever changes how
-# they are drawn has to change these numbers too.
+# Statistics of each class's test images. Checkpoints were trained on such images: if you change how they are drawn,
+# change these numbers too.
 LOOKS = [
     [75.27, 47.38, 84.97, 48.80, 85.82, 28.40, 75.00, 45.72, 63.83, 70.54],  # the mean pixel
-    [15.88, 7.70, 16.37, 11.42, 15.70, 17.02, 19.68, 16.66, 17.82, 15.51],  # its mean difference from the one below
-    [15.78, 21.10, 20.22, 16.78, 24.85, 12.27, 23.76, 8.27, 14.81, 13.31],  # and to the right
+    [15.88, 7.70, 16.37, 11.42, 15.70, 17.02, 19.68, 16.66, 17.82, 15.51],  # mean difference from the pixel below
+    [15.78, 21.10, 20.22, 16.78, 24.85, 12.27, 23.76, 8.27, 14.81, 13.31],  # and from the pixel to the right
     [-5.16, -3.09, 0.11, 3.93, 1.26, 5.75, -2.80, 10.29, 15.28, 15.27],  # the mean of pixel times row, -1 to 1
     [0.03, -0.12, 0.16, 0.06, 0.03, 4.17, -0.14, 4.67, 0.11, 12.73],  # and times column: toes point left
 ]

@@ -228,7 +228,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, monkeypatch):
 
 def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
     (tmp_path / "c.pt").mkdir()
-    with pytest.raises(OSError, match=r"c\.pt"):  # `run_command` prints one line of it, without advice to start over
+    with pytest.raises(OSError, match=r"c\.pt"):  # `run_command` prints it in one line, without advice to start over
         tools.load_checkpoint(tmp_path / "c.pt", Settings)
 
 
@@ -308,7 +308,7 @@ def whole(fit):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [0, 5, 11])
-def test_a_stopped_run_resumes_bit_by_bit(fit, whole, monkeypatch, at, number):
+def test_a_stopped_run_resumes_bit_for_bit(fit, whole, monkeypatch, at, number):
     monkeypatch.setattr(sys, "argv", ["05 next.py", "--restart", "--n", "3"])
     monkeypatch.setattr(shutil, "which", lambda name: sys.executable)
     before = signal.getsignal(number)

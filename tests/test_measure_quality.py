@@ -19,7 +19,7 @@ CLASSES = data.fashion_mnist.CLASSES
 
 @pytest.mark.parametrize("n, m, d, tolerance", [(50, 60, 4, 1e-10), (300, 200, 16, 1e-10), (6, 9, 12, 1e-6)])
 def test_frechet_distance(n, m, d, tolerance):
-    """Against the eigenvalues of A B. With fewer images than features, some are zero, and come out as roots of 1e-8."""
+    """Against the eigenvalues of A B. With fewer images than features, some are zero; their roots are about 1e-8."""
     rng = np.random.default_rng(1)
     a, b = rng.standard_normal((n, d)), rng.standard_normal((m, d)) @ rng.standard_normal((d, d)) + 1
     roots = np.sqrt(np.linalg.eigvals(np.cov(a.T) @ np.cov(b.T)).real.clip(min=0))
@@ -203,9 +203,9 @@ def test_a_checkpoint_is_measured(tiny, command, lesson4):
     ("network", "arguments", "message"),
     [
         ({}, "", "error: the following arguments are required: CHECKPOINT"),
-        ({}, "nothing.pt", "nothing.pt: no checkpoint of these lessons there"),
+        ({}, "nothing.pt", "nothing.pt: no checkpoint of lesson 3 or 4"),
         ({"spoilt": "checkpoint.pt"}, "checkpoint.pt --n 20", "damaged, or not a checkpoint"),
-        ({"name": "VNet"}, "checkpoint.pt --n 20", "no checkpoint of these lessons there"),
+        ({"name": "VNet"}, "checkpoint.pt --n 20", "no checkpoint of lesson 3 or 4"),
         ({"data": "garments"}, "checkpoint.pt --n 20", "the classifiers know only Fashion-MNIST"),
         (
             {"name": "CondUNet", "classes": ("0", "1")},

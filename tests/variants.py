@@ -1,4 +1,4 @@
-"""Single changes to lesson 4's U-Net, from which the rows of `measure_recipe.py` are made.
+"""Single changes to lesson 4's U-Net, for the rows of `measure_recipe.py`.
 
 Each function changes a new network in place, before training.
 """
@@ -53,7 +53,7 @@ def batch_norm(network):
 
 
 def no_zero_start(network):
-    """The last convolution of each branch starts with random weights too."""
+    """The layers that start at zero get random weights too."""
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.reset_parameters()
@@ -83,7 +83,7 @@ def sines(max_period=10_000, scale=lambda time: time):
 
 
 def lecture_time(network):
-    """Notebook 28's way: times from 0 to 1, and its two linear layers begin with batch norm and SiLU."""
+    """Notebook 28's way: times from 0 to 1, then batch norm and SiLU before the two linear layers."""
     sines(scale=to_unit)(network)
     network.embed_time.layers = nn.Sequential(nn.BatchNorm1d(network.widths[0]), nn.SiLU(), *network.embed_time.layers)
 
@@ -99,7 +99,7 @@ def to_unit(time):
 
 
 class Table(nn.Embedding):
-    """A learned vector for each of 100 bins of ln(sigma), from -3.5 to 1.5: training hardly goes beyond these."""
+    """A learned vector for each of 100 bins of ln(sigma), from -3.5 to 1.5: training rarely leaves this range."""
 
     def forward(self, time):
         return super().forward((20 * (to_ln_sigma(time) + 3.5)).long().clamp(0, 99))
@@ -179,7 +179,7 @@ class TransposedConv(nn.Module):
 
     def __init__(self, conv):
         super().__init__()
-        spread = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # of 3 taps on equal pairs, over 4 taps
+        spread = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])  # each of 3 taps goes to two of 4
         self.weight, self.bias = nn.Parameter(spread @ conv.weight.detach() @ spread.T), conv.bias
 
     def forward(self, x):
@@ -197,8 +197,8 @@ def no_attention(network):
 
 
 class NewAttention(lesson2.AttentionBlock):
-    """A new attention layer in place of `block`. A pixel attends to all pixels, to its row's or to its column's, if
-    `tokens` is "n (h w)", "(n h) w" or "(n w) h"."""
+    """A new attention layer in place of `block`. A pixel attends to all pixels if `tokens` is "n (h w)", to its row if
+    "(n h) w", to its column if "(n w) h"."""
 
     def __init__(self, block, tokens):
         channels, attention = block.norm.num_channels, block.attention
