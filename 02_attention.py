@@ -672,10 +672,10 @@ def cross_attention(pixels, words, to_q, to_k, to_v):
     return attention(to_q(pixels), to_k(words), to_v(words))
 
 
-# A language model writes one word at a time, so no token may attend to later ones. A causal mask sets their scores to
-# minus infinity, and softmax turns that into weights of zero. Without a mask, attention is blind to order, so most
-# transformers use a positional encoding. The early ones add it to the tokens: the sines and cosines of 01, or learned
-# vectors as in section 14. Many newer ones rotate queries and keys instead, by angles as in section 5 of 01.
+# A language model learns to predict the next word at every position of a text at once. So no token may attend to later
+# ones, which give the answer away. A causal mask sets their scores to minus infinity; softmax turns that into weights
+# of zero. Without a mask, attention is blind to order, so most transformers use a positional encoding. The early ones
+# add sines and cosines (01) or learned vectors (section 14). Many newer ones rotate queries and keys (01, section 5).
 def causal_attention(q, k, v):
     """Each token attends to itself and to earlier ones: queries, keys and values `(..., s, d)` to `(..., s, d)`."""
     scores = q @ k.mT / math.sqrt(q.shape[-1])  # ... s s

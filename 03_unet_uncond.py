@@ -28,8 +28,8 @@ lesson1 = importlib.import_module("01_time_embedding")  # not `import 01_…`: a
 
 # %% 1. A convolution comes after its norm and its activation
 # A signal must survive every layer, or the last ones never see the image. A shortcut, x + ..., lets it through; but an
-# activation *after* the sum, as in the original residual blocks, distorts it again in every block. Put the norm and
-# the activation before each convolution instead, and a block's output is a plain sum.
+# activation *after* the sum, as in the original residual blocks, distorts and shrinks it in every block. Put the norm
+# and the activation before each convolution instead, and a block's output is a plain sum.
 #
 # Here are the same layers in both orders; x keeps its shape `(n, c, h, w)`. Every residual branch is scaled to standard
 # deviation 1, so only the order differs. (Unscaled, the difference is even larger.)
@@ -86,8 +86,8 @@ def show_order():
 
 # %% 2. The residual block
 # So norm, activation and convolution form one layer, in this order. The norm is a group norm (Wu and He 2018): it takes
-# the mean and variance over a group of one image's channels. Batch norm, which the lecture uses, averages over the
-# whole batch. Our batches will mix noise levels, so one image's activations would depend on how noisy the others are.
+# the mean and variance of all pixels in a group of one image's channels. Batch norm, which the lecture uses, averages
+# over the whole batch. Our batches will mix noise levels, so one image's activations would depend on others' noise.
 # (Even so, batch norm gave better samples after one epoch: docs/measurements.md. We still prefer a norm that keeps
 # images independent, and works the same way in training and in sampling.)
 class PreActConv(nn.Module):
@@ -346,7 +346,8 @@ def show_skips():
     figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), width_ratios=(2, 3))
     tools.plot_lines(left, range(100), curves, xlabel="training step", ylabel="mean squared error", ylim=(0, 0.4))
     tools.plot_images(right, torch.cat(list(rows.values())), len(unseen), rows)
-    tools.set_title(figure, f"Edges blur without skips\n{errors[1] / errors[0]:.1f} times the error (8 images); {name}")
+    subtitle = f"{errors[1] / errors[0]:.1f} times the error ({len(unseen)} images); {name}"
+    tools.set_title(figure, f"Edges blur without skips\n{subtitle}")
     return figure
 
 
@@ -388,15 +389,14 @@ def show_noise():
 #
 #     x0_hat = c_skip · x + c_out · network(c_in · x, c_noise)
 #
-# c_in scales x to variance one, whatever sigma is. c_skip passes on x itself, as far as it can be trusted: nearly all
-# of it at low noise, next to nothing at high noise. c_out scales what the network adds, so that the network's target
-# has variance one too: minus the noise at low noise, the garment at high noise, a mix of the two in between. (c_skip is
-# chosen to make c_out, which multiplies the network's errors, as small as possible.) c_noise is the network's time
-# input: ln(sigma) / 4, times a constant that makes the hands of 01's clock move.
+# c_in scales x to variance one, whatever sigma is. c_skip passes on x itself, as far as it can be trusted: it is the
+# image's share of x's variance, sigma_data² + sigma². c_out scales what the network adds, so that the network's target
+# has variance one too: minus the noise at low noise, the garment / sigma_data at high noise, a mix in between.
+# (This c_skip also makes c_out, which multiplies the network's errors, as small as possible.) c_noise is the network's
+# time input: ln(sigma) / 4, times a constant that makes the hands of 01's clock move.
 #
-# The network can also work on patches (pixel_unshuffle): 2×2 pixels become one pixel with 4 channels, so it has only a
-# quarter of the pixels to process.
-TIME_SCALE = 1000  # so times run from -1151 to 1096; 01's max_period is over four times that range
+# The network can also work on patches: pixel_unshuffle turns 2×2 pixels into one with 4 channels, a quarter as many.
+TIME_SCALE = 1000  # so times run from -1151 to 1096 (max_period 1000 does as well as 10000: docs/open_questions.md)
 
 
 class Denoiser(nn.Module):
@@ -458,8 +458,8 @@ def show_preconditioning():
 
 
 # %% 8. Time
-# c_in gives every x about the same scale, so the scale no longer reveals the noise level. (At low noise, a flat
-# background still does; section 14 measures what time is worth.) So all blocks get the embedding of 01; each turns it
+# c_in gives every x about the same scale, so the scale no longer reveals the noise level. (A flat background does,
+# if the noise isn't high; section 14 measures what time is worth.) So all blocks get the embedding of 01; each turns it
 # into a scale and a shift per channel. These act *after* the second norm. The lecture applies them before it, but there
 # a group norm would remove what a group's channels share. (Our order didn't improve the samples: docs/measurements.md.)
 class TimePreActConv(PreActConv):
@@ -601,7 +601,7 @@ def sample_dpm(denoise, noise, sigmas):
         yield sigma, x, x0_hat
         if x0_hat_last is not None and sigma_next > 0:  # the first step and the last are DDIM's
             ratio = math.log(sigma / sigma_next) / math.log(sigma_last / sigma)
-            target = x0_hat + ratio / 2 * (x0_hat - x0_hat_last)  # half a step ahead
+            target = x0_hat + ratio / 2 * (x0_hat - x0_hat_last)  # half a step ahead: its mean over the step
         x = target + sigma_next / sigma * (x - target)
         sigma_last, x0_hat_last = sigma, x0_hat
     yield 0.0, x, x
@@ -752,7 +752,7 @@ def orthogonalize(matrices):
     identity = product = torch.eye(gram.shape[1], device=gram.device)
     for _ in range(5):
         polynomial = 3.4445 * identity - 4.775 * gram + 2.0315 * gram @ gram
-        product, gram = polynomial @ product, polynomial @ polynomial @ gram
+        product, gram = polynomial @ product, polynomial @ polynomial @ gram  # X <- P X, so G <- P G P = P² G
     return [p @ x if len(x) == len(p) else x @ p for p, x in zip(product, matrices, strict=True)]
 
 
@@ -846,14 +846,14 @@ def schedule(step, steps):
 def update_ema(ema, denoiser, step):
     """Move the exponential moving average, EMA, towards the weights; its window grows (Karras et al. 2024)."""
     for slow, fast in zip(ema.parameters(), denoiser.parameters(), strict=True):
-        slow.lerp_(fast, min(1.0, 1 / (EMA_SHARE * (step + 1))))
+        slow.lerp_(fast, min(1.0, 1 / (EMA_SHARE * (step + 1))))  # EMA_SHARE = 1 would give the plain mean
 
 
 # Some noise levels are worth more training than others. At low noise c_out, which multiplies the network's output, is
 # about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly in
 # between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
 # docs/measurements.md.) Sampling starts at 80, which training hardly ever sees: one level in 2,000 is above 10. But
-# there is little to learn up there: c_in · x is almost pure noise, and the best answer is about the mean garment.
+# there is little to learn up there: the best answer is a blur, the mean garment at 80 and a rough shape at 10.
 #
 # An epoch is one pass over all images in random order. A step's randomness depends only on seed and step (for a given
 # kind of device), so interrupting a run or splitting it across processes doesn't change its batches or noise.
@@ -886,7 +886,7 @@ def draw_batches(images, labels, batch_size, seed, steps):
 # We train three small networks, a minute in all, on the same batches with the same noise. For each we tried three or
 # four learning rates and kept the best, so the rate doesn't explain the difference. (AdamW at 0.003, 0.006, 0.012 and
 # 0.024 reaches a mean test loss of 0.433, 0.410, 0.404 and 0.426.) In this run, after 600 steps, time has lowered the
-# loss by a tenth, and Muon by another seventh.
+# loss by a tenth, and Muon by another seventh. (In 04, after an epoch: 2 % and 8 %; see docs/measurements.md.)
 def train_small(network_class, images, make_optimizers, max_lr, steps=600):
     """A small denoiser trained on images `(n, 1, h, w)` in [-1, 1], with averaged weights, and its training losses.
     make_optimizers: `use_adamw` or `use_muon`."""
@@ -1011,8 +1011,9 @@ def load_denoiser(path, make_network, device):
     tools.check_same(path, settings, network=type(network).__name__)
     ema = make_denoiser(network, settings, device)
     tools.restore(path, checkpoint, {"ema": ema})
-    print(f"network   {settings.title}, after {checkpoint['step']:,} of {settings.steps:,} steps")
-    return ema.eval().requires_grad_(False), settings._replace(steps=checkpoint["step"])
+    seen = settings._replace(steps=checkpoint["step"])
+    print(f"network   {seen.title}, {seen.steps:,} of {settings.steps:,} steps")
+    return ema.eval().requires_grad_(False), seen
 
 
 def new_run(options, path, make_network):
@@ -1152,8 +1153,7 @@ def main():
     if options.show:
         tools.run_sections(globals(), options.out / "lesson")
         return
-    network_class = UntimedUNet if options.no_time else TimeUNet
-    make = functools.partial(make_network, network_class=network_class)
+    make = functools.partial(make_network, network_class=UntimedUNet if options.no_time else TimeUNet)
     denoiser, settings = train_or_load(options, options.out / "checkpoint.pt", make)
     noise_ids = [(options.seed, 0, index) for index in range(options.n)]
     samples = sample_images(denoiser, noise_ids, settings, options.steps, denoiser.device)

@@ -262,9 +262,9 @@ def show_blend():
 # pixel of the prediction depends on each pixel of the input, now in a trained network. At high noise, the pixel depends
 # on the whole garment: the network is still deciding what to make. At low noise, mostly on its surroundings.
 #
-# Switching off all attention hardly changes the gradient: on the lower level one pixel stands for many, so the
-# convolutions reach the whole image. What attention adds is choosing by content, not by position. On Fashion-MNIST we
-# saw no gain; if the convolutions can't reach far enough, attention can be vital (docs/measurements.md has both).
+# Switching off all attention hardly changes the gradient: on the lower level one pixel stands for many, so convolutions
+# reach everywhere (and a group norm averages all pixels). What attention adds is choosing by content. On Fashion-MNIST,
+# ours made no clear difference; if nothing else reaches far enough, it can be vital (docs/measurements.md has both).
 def without_attention(denoiser):
     """A copy of the denoiser whose attention adds nothing."""
     plain = copy.deepcopy(denoiser)

@@ -466,7 +466,7 @@ def run_resumable(loop, preview, state, path, checkpoint):
             if done in milestones:
                 images, measured = preview()
                 previews.append((done, ((images + 1) * 127.5).round().byte(), measured))
-                draw_progress(path.parent, settings, losses[:done].numpy(), previews)
+                draw_progress(path.parent, settings._replace(steps=done), losses[:done].numpy(), previews)
             if due:
                 content = {"settings": settings._asdict(), "step": done, "losses": losses, "previews": previews}
                 content |= {name: part.state_dict() for name, part in state.items()}
@@ -542,8 +542,9 @@ def parse_run_options(parser):
         parser.error("--show takes neither --data nor --device (use --data-dir for your own images)")
     if options.data_dir == "":
         parser.error("--data-dir is empty (an unset variable?): name a folder, or leave it out")
-    if options.data_dir and options.out.resolve().is_relative_to(data.expand(options.data_dir).resolve()):
-        parser.error("--out must not lie in the --data-dir folder, or its pictures would become training data")
+    folder = options.data_dir or (options.data != "garments" and os.environ.get("FASHION_MNIST_DIR"))
+    if folder and options.out.resolve().is_relative_to(data.expand(folder).resolve()):
+        parser.error(f"--out must not lie in {folder}, or its pictures would become training data")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir
     options.sample_only |= getattr(options, "pretrained", False)

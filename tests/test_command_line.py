@@ -117,7 +117,7 @@ def test_two_runs_at_once_from_another_folder(lesson3, tmp_path):
     assert [process.returncode for process in both] == [0, 0], said
     for output, _ in said:
         assert "data      squares: 90 images of class 0 (9), class 1 (9), " in output
-        assert "network   squares, CondUNet, small, 20 images seen, after 2 of 2 steps\n" in output
+        assert "network   squares, CondUNet, small, 20 images seen, 2 of 2 steps\n" in output
     output, errors = next(one for one in said if "2 steps of 10 images" in one[0])
     lines = output.splitlines()
     assert [line.split()[0] for line in lines[:6]] == ["data", "note", "network", "device", "watch", "training"]
@@ -197,7 +197,7 @@ def test_show_draws_the_lesson_and_does_not_train(lesson4, nothing_loaded, run, 
     assert np.load(out / "samples.npy").shape == (6, 1, 18, 30)
     before = (out / "checkpoint.pt").stat().st_mtime_ns
     output, _ = run(lesson4, "--show", "--out", out)
-    assert "symbols, CondUNet, small, 40 images seen, after 4 of 4 steps" in output
+    assert "symbols, CondUNet, small, 40 images seen, 4 of 4 steps" in output
     assert re.findall(r"^(\d+\. .+)$", output, re.M) == section_titles(lesson4)
     assert [path.name[:2] for path in sorted((out / "lesson").iterdir())] == [f"0{i}" for i in range(2, 8)]
     assert (out / "checkpoint.pt").stat().st_mtime_ns == before
@@ -414,6 +414,8 @@ def test_ctrl_c_saves_at_any_step_and_the_run_goes_on(lesson3, lesson4, run, tmp
     left = ["checkpoint.pt", *["loss.png", "progress.png"] * (at == 11)]
     assert sorted(path.name for path in parts.iterdir()) == left
     assert signal.getsignal(signal.SIGINT) is before
+    output, _ = run(lesson4, "--sample-only", *TINY[-6:], "--out", parts)
+    assert f", {10 * (at + 1)} images seen, {at + 1} of 12 steps\n" in output
     output, _ = run(lesson4, *TINY, "--out", parts)
     assert ("finished" if at == 11 else f"from step {at + 1}") in output
     assert_same(read(parts), read(whole))
@@ -575,7 +577,7 @@ def test_a_full_disk_leaves_what_was_there(lesson3, lesson4, run, tmp_path, monk
         (["--data-dir", "~nobody-here/x"], "~nobody-here/x: Could not determine home directory"),
         (
             ["--data-dir", str(ROOT / "tests"), "--out", str(ROOT / "tests")],
-            "--out must not lie in the --data-dir folder",
+            f"--out must not lie in {ROOT / 'tests'}",
         ),
         (["--data", "garments", "--data-dir", "."], "leave --data-dir out"),
         (["--data-dir", "/nonexistent"], "/nonexistent: no such folder"),
@@ -593,12 +595,17 @@ def test_a_bad_value_is_reported_in_one_line(lesson4, run, arguments, accepted, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refused_folder_leaves_nothing_among_the_images(lesson4, run, tmp_path):
-    arguments = squares(tmp_path, 10)
-    folder = Path(arguments[arguments.index("--data-dir") + 1])
-    before = sorted(folder.rglob("*"))
-    run(lesson4, *arguments, "--out", folder / "run" / "first", status=2)
-    assert sorted(folder.rglob("*")) == before
+@pytest.mark.parametrize("variable", [False, True])
+def test_a_refused_folder_leaves_nothing_among_the_images(lesson4, run, tmp_path, monkeypatch, variable):
+    *arguments, _, folder = squares(tmp_path, 10)
+    if variable:
+        monkeypatch.setenv("FASHION_MNIST_DIR", folder)
+    else:
+        arguments += ["--data-dir", folder]
+    before = sorted(Path(folder).rglob("*"))
+    _, errors = run(lesson4, *arguments, "--out", f"{folder}/run/first", status=2)
+    assert f"--out must not lie in {folder}" in errors
+    assert sorted(Path(folder).rglob("*")) == before
 
 
 def test_lesson_2_says_in_one_line_that_the_data_is_not_there(nothing_loaded, run_untouched, monkeypatch, tmp_path):
