@@ -156,7 +156,7 @@ def show_labels():
 #
 # But guidance waits until the noise is down to GUIDED_BELOW (Kynkäänniemi et al. 2024; see section 4), so the first 7
 # of 14 steps need only one prediction each. A network trained for longer needs less guidance (docs/measurements.md).
-GUIDANCE, GUIDANCE_LONG = 1.4, 0.8  # measured after 180,000 and 1,440,000 images; the switch at 600,000 is a guess
+GUIDANCE, GUIDANCE_LONG = 1.4, 0.7  # measured after 180,000 and 1,440,000 images; the switch at 600,000 is a guess
 GUIDED_BELOW = 3  # sigma
 
 
@@ -229,7 +229,7 @@ def show_guidance():
 # %% 5. From one class to another
 # A label's embedding is a vector, and between two of them lie vectors that belong to no class. What does the network
 # draw for "three quarters pullover, one quarter trouser"? If the change were even, each of eight steps would cover an
-# eighth of the way. But the largest covers a quarter to a half.
+# eighth of the way. But the largest covers a fifth to two fifths.
 def blend(denoiser, one, other, steps):
     """A copy of the denoiser whose labels 0 to steps - 1 lead evenly from class `one` to class `other`."""
     blended = copy.deepcopy(denoiser)
@@ -301,8 +301,8 @@ def show_reach():
 
 # %% 7. Where a pixel looks
 # In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? At one
-# pixel of a boot, in the shipped network's last attention layer, one of three heads attends mostly to the empty border.
-# At low noise, another attends mostly to the pixel itself, the third also to its surroundings.
+# pixel of a boot, in the shipped network's last attention layer, one of three heads attends mostly to the empty
+# background. The other two attend to the boot, at low noise mostly near the pixel.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []
