@@ -601,7 +601,7 @@ def sample_dpm(denoise, noise, sigmas):
         yield sigma, x, x0_hat
         if x0_hat_last is not None and sigma_next > 0:  # the first step and the last are DDIM's
             ratio = math.log(sigma / sigma_next) / math.log(sigma_last / sigma)
-            target = x0_hat + ratio / 2 * (x0_hat - x0_hat_last)  # half a step ahead: its mean over the step
+            target = x0_hat + ratio / 2 * (x0_hat - x0_hat_last)  # half a step ahead: x0_hat's mean over it
         x = target + sigma_next / sigma * (x - target)
         sigma_last, x0_hat_last = sigma, x0_hat
     yield 0.0, x, x
