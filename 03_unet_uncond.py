@@ -389,13 +389,13 @@ def show_noise():
 #
 #     x0_hat = c_skip · x + c_out · network(c_in · x, c_noise)
 #
-# c_in scales x to variance one, whatever sigma is. c_skip passes on x itself, as far as it can be trusted: it is the
-# image's share of x's variance, sigma_data² + sigma². c_out scales what the network adds, so that the network's target
+# c_in scales x to variance one, whatever sigma is. c_skip passes on x itself, as far as we trust it: c_skip is the
+# image's share of the variance sigma_data² + sigma². c_out scales what the network adds, so that the network's target
 # has variance one too: minus the noise at low noise, the garment / sigma_data at high noise, a mix in between.
 # (This c_skip also makes c_out, which multiplies the network's errors, as small as possible.) c_noise is the network's
 # time input: ln(sigma) / 4, times a constant that makes the hands of 01's clock move.
 #
-# The network can also work on patches: pixel_unshuffle turns 2×2 pixels into one with 4 channels, a quarter as many.
+# The network can also work on patches: pixel_unshuffle turns every 2×2 pixels into one pixel with 4 channels.
 TIME_SCALE = 1000  # so times run from -1151 to 1096 (max_period 1000 does as well as 10000: docs/open_questions.md)
 
 
@@ -601,7 +601,7 @@ def sample_dpm(denoise, noise, sigmas):
         yield sigma, x, x0_hat
         if x0_hat_last is not None and sigma_next > 0:  # the first step and the last are DDIM's
             ratio = math.log(sigma / sigma_next) / math.log(sigma_last / sigma)
-            target = x0_hat + ratio / 2 * (x0_hat - x0_hat_last)  # half a step ahead: x0_hat's mean over it
+            target = x0_hat + ratio / 2 * (x0_hat - x0_hat_last)  # halfway: x0_hat's mean over the step
         x = target + sigma_next / sigma * (x - target)
         sigma_last, x0_hat_last = sigma, x0_hat
     yield 0.0, x, x
@@ -853,7 +853,7 @@ def update_ema(ema, denoiser, step):
 # about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly in
 # between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
 # docs/measurements.md.) Sampling starts at 80, which training hardly ever sees: one level in 2,000 is above 10. But
-# there is little to learn up there: the best answer is a blur, the mean garment at 80 and a rough shape at 10.
+# there is little to learn up there: the best answer is a blur: the mean garment at 80, a rough shape at 10.
 #
 # An epoch is one pass over all images in random order. A step's randomness depends only on seed and step (for a given
 # kind of device), so interrupting a run or splitting it across processes doesn't change its batches or noise.

@@ -302,7 +302,7 @@ def show_reach():
 # %% 7. Where a pixel looks
 # In section 4 of 02, each pixel attended to those that look like it. What has this network learned to look for? At one
 # pixel of a boot, in the shipped network's last attention layer, one of three heads attends mostly to the empty
-# background. The other two attend to the boot, at low noise mostly near the pixel.
+# background. The other two attend to the boot; one of them moves closer to the pixel as the noise falls.
 def catch_weights(layer, denoise, x, sigma):
     """The weights `(n, heads, h, w, h, w)` of an attention layer while denoise(x, sigma) runs."""
     caught = []

@@ -544,7 +544,7 @@ def parse_run_options(parser):
         parser.error("--data-dir is empty (an unset variable?): name a folder, or leave it out")
     folder = options.data_dir or (options.data != "garments" and os.environ.get("FASHION_MNIST_DIR"))
     if folder and options.out.resolve().is_relative_to(data.expand(folder).resolve()):
-        parser.error(f"--out must not lie in {folder}, or its pictures would become training data")
+        parser.error(f"--out must not lie in {folder}, or new pictures could become training data")
     if options.show and options.data_dir:
         os.environ["FASHION_MNIST_DIR"] = options.data_dir
     options.sample_only |= getattr(options, "pretrained", False)

@@ -2,7 +2,7 @@
 
     python tests/measure_quality.py CHECKPOINT [--n N] [--steps S] [--guidance W]
 
-It prints three measures, for the samples, for as many training images (the distance to aim for) and for white
+It prints three measures, for the samples, for as many training images (the target) and for white
 noise: the Fréchet distance to the test images (as in FID, but in the features of two small classifiers trained on
 Fashion-MNIST); the class accuracy, the share that a classifier assigns to the class asked for; and the distance to the
 nearest training image, which shows whether the network copies.
@@ -59,7 +59,7 @@ def draw_samples(denoiser, settings, n, steps=lesson3.STEPS, guidance=None, seed
 
 
 class Baselines:
-    """What we compare samples with: as many training images, equally many of each class, and white noise."""
+    """The samples' baselines: as many training images, the same number of each class, and white noise."""
 
     def __init__(self, train, n):
         order = np.random.default_rng(0).permutation(len(train.labels))
@@ -132,7 +132,7 @@ def find_nearest(images, others, but=None, batch_size=250):
 
 
 def measure_copies(images, baselines, train, test, device):
-    """Print how close samples come to training images and, for comparison, other images."""
+    """Print how close samples and, for comparison, other images come to training images."""
     training_images, test_images = (to_range(torch.from_numpy(part.images)) for part in (train, test))
     sets = {"samples": images, "test images": test_images}
     sets |= {"training images": baselines.images, "white noise": baselines.noise}
@@ -146,7 +146,7 @@ def measure_copies(images, baselines, train, test, device):
 
 # %% The measurement of a checkpoint
 def measure(options, denoiser, settings, train, test, panel):
-    """Print all measures of one checkpoint. The noise is new, as we chose guidance with seed 0."""
+    """Print all measures of one checkpoint. The noise isn't that of the guidance sweeps, seed 0."""
     images, labels = draw_samples(denoiser, settings, options.n, options.steps, options.guidance, seed=1)
     baselines = Baselines(train, options.n)
     rows = {"samples": (images, labels), "training images": (baselines.images, baselines.labels)}
