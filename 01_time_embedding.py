@@ -55,19 +55,20 @@ def show_clock():
 def timestep_embedding(timesteps, dim, max_period=10_000):
     """Sines and cosines of each time, at `dim // 2` frequencies from 1 down to `1 / max_period`.
 
-    timesteps: `(n,)`, float32, float64 or integers. dim: at least 2; if odd, the last column is all zeros. max_period:
-    at least 1. Returns `(n, dim)`, sines first, in the dtype of `timesteps` (float32 for integers). Raises ValueError
-    for other shapes and ranges. (Vaswani et al. 2017, section 3.5; ending at 1 / max_period follows Ho et al. 2020.)
+    timesteps: `(n,)`. dim: at least 2; if it is odd, the last column is all zeros. max_period: at least 1. Returns
+    `(n, dim)`, sines first, in the dtype of `timesteps` (float32 for integers). Raises ValueError for other shapes and
+    ranges. (Vaswani et al. 2017, section 3.5; ending exactly at 1 / max_period follows Ho et al. 2020.)
     """
     if timesteps.ndim != 1 or dim < 2 or not 1 <= max_period < math.inf:
         got = f"shape {tuple(timesteps.shape)}, {dim} and {max_period}"
         raise ValueError(f"need timesteps of shape (n,), dim >= 2 and a finite max_period >= 1, got {got}")
-    t = timesteps if timesteps.is_floating_point() else timesteps.float()
+    dtype = timesteps.dtype if timesteps.is_floating_point() else torch.float32
+    t = timesteps.to(torch.promote_types(dtype, torch.float32))  # in bfloat16, an angle near 1000 is off by up to 2
     exponents = torch.linspace(0, 1, dim // 2, dtype=t.dtype, device=t.device)  # dim/2, evenly spaced
     frequencies = max_period**-exponents  # dim/2; the lecture's exp(-log(max_period) * exponents) is the same
     angles = t[:, None] * frequencies  # n dim/2: one row for each time, one column for each hand
     embedding = torch.cat([angles.sin(), angles.cos()], dim=1)  # n dim
-    return F.pad(embedding, (0, dim % 2))
+    return F.pad(embedding, (0, dim % 2)).to(dtype)
 
 
 # The lecture's example: t = 0, 1, ..., 99, in 16 columns.

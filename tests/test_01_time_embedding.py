@@ -52,14 +52,15 @@ def test_equals_numpy_and_diffusers(device, dtype, tolerance):
             assert error.max() <= tolerance
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *INTEGERS])
-def test_types(request, dtype):
-    times, result = torch.tensor([0, 1, 100, -17]).to(dtype), dtype if dtype.is_floating_point else torch.float32
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, *INTEGERS])
+def test_types_and_half_precision_that_rounds_only_the_result(request, dtype):
+    times = torch.tensor([0, 1, 100, -17] if dtype in INTEGERS else [0.1, 3.14, -17, 370, 999, 1000.5, 6e4]).to(dtype)
+    single, result = torch.promote_types(dtype, torch.float32), torch.float32 if dtype in INTEGERS else dtype
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.set_default_dtype(torch.float64)
     ours, nothing = timestep_embedding(times, 17), timestep_embedding(times[:0], 17)
     assert ours.dtype == nothing.dtype == result and nothing.shape == (0, 17)
-    assert torch.equal(ours, timestep_embedding(times.to(result), 17))
+    assert torch.equal(ours, timestep_embedding(times.to(single), 17).to(result))
 
 
 @pytest.mark.parametrize(
