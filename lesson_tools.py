@@ -542,7 +542,9 @@ def parse_run_options(parser):
         parser.error("--show takes neither --data nor --device (use --data-dir for your own images)")
     if options.data_dir == "":
         parser.error("--data-dir is empty (an unset variable?): name a folder, or leave it out")
-    folder = options.data_dir or (options.data != "garments" and os.environ.get("FASHION_MNIST_DIR"))
+    folder, variable = options.data_dir, os.environ.get("FASHION_MNIST_DIR")
+    if not folder and variable and options.data != "garments" and not data.fashion_mnist.is_in(data.expand(variable)):
+        folder = variable  # its images are the training data
     if folder and options.out.resolve().is_relative_to(data.expand(folder).resolve()):
         parser.error(f"--out must not lie in {folder}, or new pictures could become training data")
     if options.show and options.data_dir:

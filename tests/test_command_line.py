@@ -608,6 +608,15 @@ def test_a_refused_folder_leaves_nothing_among_the_images(lesson4, run, tmp_path
     assert sorted(Path(folder).rglob("*")) == before
 
 
+def test_idx_files_may_have_the_output_beside_them(lesson4, run, tmp_path, monkeypatch):
+    """A picture there becomes no training data."""
+    folder = write_symbols(tmp_path / "symbols", 18, 30)
+    monkeypatch.setenv("FASHION_MNIST_DIR", str(folder))
+    for _ in range(2):
+        output, _ = run(lesson4, *TINY[2:], "--restart", "--out", folder / "run")
+        assert "symbols: 40 images of 0 (14), 1 (13), 2 (13)\n" in output
+
+
 def test_lesson_2_says_in_one_line_that_the_data_is_not_there(nothing_loaded, run_untouched, monkeypatch, tmp_path):
     lesson2 = importlib.import_module("02_attention")
     monkeypatch.setenv("FASHION_MNIST_DIR", "/nonexistent")
