@@ -395,7 +395,7 @@ def show_noise():
 # (This c_skip also makes c_out, which multiplies the network's errors, as small as possible.) c_noise is the network's
 # time input: ln(sigma) / 4, times a constant that makes the hands of 01's clock move.
 #
-# The network can also work on patches: pixel_unshuffle turns every 2×2 pixels into one pixel with 4 channels.
+# To save time, the network can work on patches: pixel_unshuffle turns 2×2 pixels into one pixel with 4 channels.
 TIME_SCALE = 1000  # so times run from -1151 to 1096 (max_period 1000 does as well as 10000: docs/open_questions.md)
 
 
@@ -853,7 +853,7 @@ def update_ema(ema, denoiser, step):
 # about sigma, so its errors are hardly visible; at high noise, the noise hides the image. So we train mostly in
 # between: two thirds of the levels lie between 0.14 and 1. (EDM's P_MEAN and P_STD are -1.2 and 1.2; see
 # docs/measurements.md.) Sampling starts at 80, which training hardly ever sees: one level in 2,000 is above 10. But
-# there is little to learn up there: the best answer is a blur: the mean garment at 80, a rough shape at 10.
+# there is little to learn up there, where the best answer is a blur: the mean garment at 80, a rough shape at 10.
 #
 # An epoch is one pass over all images in random order. A step's randomness depends only on seed and step (for a given
 # kind of device), so interrupting a run or splitting it across processes doesn't change its batches or noise.

@@ -231,7 +231,7 @@ def main(arguments=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(default: auto)")
     count = tools.number(int, 1, 10**6)
     parser.add_argument("--batch-size", type=count, default=32, help="images per training step (default: %(default)s)")
-    parser.add_argument("--rounds", type=count, default=5, help="rounds; more on a GPU (default: %(default)s)")
+    parser.add_argument("--rounds", type=count, default=5, help="minimum number of rounds (default: %(default)s)")
     options = parser.parse_args(arguments)
     device = tools.choose_device(options.device)
     fast = tools.choose_precision(device)
